@@ -1,0 +1,96 @@
+"""taskpool: run work in several processes, and nothing is lost, nothing hangs.
+
+    import taskpool
+
+    taskpool.map(fn, items, timeout=5)
+
+    with taskpool.Executor(max_workers=4, task_timeout=2) as pool:
+        future = pool.submit(fn, 1)
+        print(future.result())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskpool._default import map as map  # noqa: A004
+    from taskpool._executor import Executor as Executor
+    from taskpool._executor import View as View
+    from taskpool._task import TaskFuture as TaskFuture
+    from taskpool.backends.base import Capabilities as Capabilities
+    from taskpool.backends.base import Stats as Stats
+    from taskpool.errors import CallTimeoutError as CallTimeoutError
+    from taskpool.errors import ForkedExecutorError as ForkedExecutorError
+    from taskpool.errors import InitializerError as InitializerError
+    from taskpool.errors import NotSendableError as NotSendableError
+    from taskpool.errors import QueueFullError as QueueFullError
+    from taskpool.errors import RemoteError as RemoteError
+    from taskpool.errors import TaskPoolError as TaskPoolError
+    from taskpool.errors import TaskTimeoutError as TaskTimeoutError
+    from taskpool.errors import UnpickleError as UnpickleError
+    from taskpool.errors import UnsupportedError as UnsupportedError
+    from taskpool.errors import WorkerCrashedError as WorkerCrashedError
+
+# Where each public name lives. It is imported when it is first used, so that `import taskpool` costs next to nothing,
+# in the workers above all.
+_HOMES = {
+    "map": "taskpool._default",
+    "Executor": "taskpool._executor",
+    "View": "taskpool._executor",
+    "TaskFuture": "taskpool._task",
+    "Capabilities": "taskpool.backends.base",
+    "Stats": "taskpool.backends.base",
+    **dict.fromkeys(
+        (
+            "CallTimeoutError",
+            "ForkedExecutorError",
+            "InitializerError",
+            "NotSendableError",
+            "QueueFullError",
+            "RemoteError",
+            "TaskPoolError",
+            "TaskTimeoutError",
+            "UnpickleError",
+            "UnsupportedError",
+            "WorkerCrashedError",
+        ),
+        "taskpool.errors",
+    ),
+}
+
+__all__ = [  # noqa: RUF022  (what people look for first stands first)
+    "map",
+    "Executor",
+    "View",
+    "TaskFuture",
+    "Stats",
+    "Capabilities",
+    "CallTimeoutError",
+    "ForkedExecutorError",
+    "InitializerError",
+    "NotSendableError",
+    "QueueFullError",
+    "RemoteError",
+    "TaskPoolError",
+    "TaskTimeoutError",
+    "UnpickleError",
+    "UnsupportedError",
+    "WorkerCrashedError",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'taskpool' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,388 @@
+"""The private channel between the parent and one worker: three pipes and a page of shared memory.
+
+    tasks    parent -> worker   a packet pipe (O_DIRECT): one small frame is one packet, read whole or not at all
+    results  worker -> parent   a stream of frames; the parent never blocks on it
+    life     nobody writes      its hang-up is the end: of the worker's process group when the parent's end closes
+    page     both               what the worker does right now, what it shall interrupt, and its last stack
+
+No lock, queue or semaphore is shared, so a worker that dies at any instruction blocks nobody.
+
+A frame that lies unread in the task pipe can be taken back: the parent keeps a reading end of its own, and the kernel
+gives each packet to exactly one reader. So it is certain what a worker may still start, without asking it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from taskpool._engine import wire
+from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
+
+PACKET = 4096  # PIPE_BUF: the largest write that is atomic, and the largest packet
+PACKETS = 64  # how many packets may lie in a task pipe, where the system allows
+STACK_AT = 4096  # the stack's place in the page file, behind the words
+PAGE_SIZE = 64 * 1024
+
+# The words of the page. The worker writes the first four, the parent the last two.
+UNIT, ITEM, STARTED, PHASE, INTERRUPT, INTERRUPT_ITEM = range(6)
+ANY_ITEM = (1 << 64) - 1  # whichever item runs
+IDLE, LOADING, RUNNING, WRITING = range(4)
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_F_SETPIPE_SZ = 1031
+
+
+class Page:
+    """The shared words. Each is 8 bytes, aligned, written by one side only."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, PAGE_SIZE)
+        self.words = memoryview(self._map)[:STACK_AT].cast("Q")
+        self.times = memoryview(self._map)[:STACK_AT].cast("d")
+
+    def current(self) -> tuple[int, int, float, int]:
+        """Return (unit id, item index, start, phase) as they stood together at one moment.
+
+        The worker writes the start before the item and the unit, so a pair that did not change around the reading of
+        the start belongs to it.
+        """
+        while True:
+            unit, item = self.words[UNIT], self.words[ITEM]
+            started, phase = self.times[STARTED], self.words[PHASE]
+            if (unit, item) == (self.words[UNIT], self.words[ITEM]):
+                return unit, item, started, phase
+
+    def stack(self) -> str | None:
+        """Return the text that faulthandler wrote here, if any."""
+        text = self._map[STACK_AT:].split(b"\0", 1)[0]
+        return text.decode(errors="replace").strip() or None
+
+    def close(self) -> None:
+        """Unmap the page."""
+        self.words.release()
+        self.times.release()
+        self._map.close()
+
+
+def _page_file() -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("taskpool", os.MFD_CLOEXEC)
+    else:
+        fd, path = tempfile.mkstemp(prefix="taskpool-")
+        os.unlink(path)
+    os.ftruncate(fd, PAGE_SIZE)
+    os.lseek(fd, STACK_AT, os.SEEK_SET)  # faulthandler writes at the file's position
+    return fd
+
+
+class _ParentEnds:
+    """The descriptors that only the parent may hold. A forked child closes them before it runs anything else.
+
+    The lock keeps a fork of another thread out of the moment between making descriptors and noting them here. It is
+    reentrant, since a signal handler that forks may interrupt that very moment.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.fds: set[int] = set()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self._close_in_child
+            )
+
+    def _close_in_child(self) -> None:
+        for fd in self.fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.fds.clear()
+        self.lock = threading.RLock()
+
+    def close(self, fd: int) -> None:
+        with self.lock:
+            if fd in self.fds:
+                self.fds.discard(fd)
+                os.close(fd)
+
+
+_parent_ends = _ParentEnds()
+
+
+def keep_from_children(fds: Iterable[int]) -> None:
+    """Note descriptors that a forked child of this process must close."""
+    _parent_ends.fds.update(fds)
+
+
+def close_kept(fd: int) -> None:
+    """Close a descriptor that was noted by `keep_from_children`. Once: its number may soon mean another file."""
+    _parent_ends.close(fd)
+
+
+class WorkerEnd:
+    """The four descriptors that a worker gets. Pickles where multiprocessing passes it to a new process."""
+
+    def __init__(self, tasks: int, results: int, life: int, page: int) -> None:
+        self.fds: tuple[int, ...] = (tasks, results, life, page)
+
+    def close(self) -> None:
+        """Close the parent's copies, once the worker has its own."""
+        fds, self.fds = self.fds, ()
+        for fd in fds:
+            close_kept(fd)
+
+    def hand_over(self) -> None:
+        """Let a forked child keep these descriptors: the next fork is the worker's."""
+        _parent_ends.fds.difference_update(self.fds)
+
+    def take_back(self) -> None:
+        """Note them again, so that they can be closed and no other child gets them."""
+        _parent_ends.fds.update(self.fds)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import DupFd
+
+        return _receive_end, tuple(DupFd(fd) for fd in self.fds)
+
+
+def _receive_end(*duplicates: Any) -> WorkerEnd:
+    return WorkerEnd(*(duplicate.detach() for duplicate in duplicates))
+
+
+class Channel:
+    """The parent's end. All methods but `send_packet` belong to the dispatcher; `send_packet` to whoever owns the worker."""
+
+    def __init__(self) -> None:
+        with _parent_ends.lock:
+            self._make()
+
+    def _make(self) -> None:
+        opened: list[int] = []
+        try:
+            task_r, self.tasks = _packet_pipe(opened)
+            self.results, result_w = _pipe(opened)
+            self.life_r, self.life = _pipe(opened)
+            page = _page_file()
+            opened.append(page)
+            self.page = Page(page)
+            self.unread = _reopen(task_r)
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        os.set_blocking(self.tasks, False)
+        os.set_blocking(self.results, False)
+        self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
+        keep_from_children({self.tasks, self.results, self.life, self.life_r, *self.worker_end.fds})
+        if self.unread is not None:
+            keep_from_children({self.unread})
+        self._alive = True
+        self._reader = wire.FrameReader()
+        self._sending: list[memoryview] = []
+        self.received = 0
+
+    # Sending
+
+    def send_packet(self, packet: bytes) -> bool:
+        """Write a frame of at most PACKET bytes: all of it, or nothing and False. Never blocks."""
+        try:
+            return os.write(self.tasks, packet) == len(packet)
+        except BlockingIOError:
+            return False
+
+    def begin_large(self, parts: list[Bytes]) -> None:
+        """Begin to send a frame of any size; `continue_large` sends what the pipe does not take at once."""
+        self._set_packets(on=False)
+        self._sending = [memoryview(part).cast("B") for part in parts if len(part)]
+
+    def continue_large(self) -> bool:
+        """Send what fits; return True when all is sent.
+
+        Raises:
+            OSError: If the worker closed its end.
+        """
+        while self._sending:
+            try:
+                sent = os.writev(self.tasks, self._sending[:64])
+            except BlockingIOError:
+                return False
+            while self._sending and sent >= len(self._sending[0]):
+                sent -= len(self._sending.pop(0))
+            if sent:
+                self._sending[0] = self._sending[0][sent:]
+        self._set_packets(on=True)
+        return True
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a large frame is on its way."""
+        return bool(self._sending)
+
+    def _set_packets(self, *, on: bool) -> None:
+        # The packet flag is noted with each buffer as it is written, so frames before and behind stay packets.
+        flags = fcntl.fcntl(self.tasks, fcntl.F_GETFL)
+        fcntl.fcntl(self.tasks, fcntl.F_SETFL, flags | _O_DIRECT if on else flags & ~_O_DIRECT)
+
+    def take_back(self) -> set[int]:
+        """Read every packet that the worker has not read, which it will never see; return the ids of their units."""
+        ids: set[int] = set()
+        if self.unread is not None:
+            with contextlib.suppress(BlockingIOError):
+                while packet := os.read(self.unread, PACKET):
+                    if len(packet) >= wire.FRAME.size:
+                        ids.add(wire.FRAME.unpack_from(packet)[2])
+        return ids
+
+    @property
+    def can_send_ahead(self) -> bool:
+        """Whether frames may wait in the task pipe behind the one that runs, since they can be taken back."""
+        return self.unread is not None
+
+    # Receiving
+
+    def receive(self) -> Iterator[Frame]:
+        """Yield the frames that have arrived, without blocking, until there is nothing more to read for now.
+
+        Raises:
+            EOFError: If no process holds the worker's end any more.
+            BadFrameError: If what arrived is not a frame.
+            MemoryError: If there is no room for a result.
+        """
+        while True:
+            room = self._reader.room()
+            try:
+                if room is None:
+                    data = os.read(self.results, 64 * 1024)
+                    size = len(data)
+                else:
+                    size = os.readv(self.results, [room[: 1 << 20]])
+            except BlockingIOError:
+                return
+            if not size:
+                raise EOFError
+            self.received += size
+            if room is None:
+                yield from self._reader.feed(data)
+                if size < 64 * 1024 and self._reader.room() is None:
+                    return
+            elif (frame := self._reader.filled(size)) is not None:
+                yield frame
+
+    def end_life(self) -> None:
+        """Close the writing end of the life pipe: the kernel kills the worker's process group."""
+        if self._alive:
+            self._alive = False
+            close_kept(self.life)
+
+    def is_alive_open(self) -> bool:
+        """Whether the life pipe's writing end is still open."""
+        return self._alive
+
+    def close(self) -> None:
+        """Close everything of the parent's. The end of the life pipe kills what is left of the worker's group."""
+        self.worker_end.close()
+        self.end_life()
+        for fd in (self.tasks, self.results, self.life_r, self.unread):
+            if fd is not None:
+                close_kept(fd)
+        self._sending = []
+        with contextlib.suppress(BufferError):  # somebody still looks at a view of it; it goes with the last
+            self.page.close()
+
+
+def _pipe(opened: list[int]) -> tuple[int, int]:
+    ends = os.pipe()
+    opened.extend(ends)
+    return ends
+
+
+def _packet_pipe(opened: list[int]) -> tuple[int, int]:
+    if not (_O_DIRECT and hasattr(os, "pipe2")):
+        return _pipe(opened)
+    ends = os.pipe2(os.O_CLOEXEC | _O_DIRECT)
+    opened.extend(ends)
+    # The bound on a user's pipe memory may refuse; then fewer packets fit, and `send_packet` says so.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(ends[1], _F_SETPIPE_SZ, PACKETS * PACKET)
+    return ends
+
+
+def _reopen(task_r: int) -> int | None:
+    """Open the reading end a second time, non-blocking: an open file of its own, so that the worker's stays blocking."""
+    if not _O_DIRECT:
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{task_r}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # no /proc: then no frame is sent ahead
+        return None
+
+
+class WorkerChannel:
+    """The worker's end: blocking reads of tasks, whole frames of outcomes."""
+
+    def __init__(self, end: WorkerEnd) -> None:
+        self._tasks, self._results, self.life, self.page_fd = end.fds
+        self.page = Page(self.page_fd)
+        self._lock = threading.Lock()
+
+    def receive(self) -> Frame | None:
+        """Return the next frame; None at the end of the channel.
+
+        Raises:
+            BadFrameError: If what arrived is not a frame.
+        """
+        packet = os.read(self._tasks, PACKET)
+        while (head := wire.parse_head(packet, wire.PARENT_TO_WORKER)) is None:
+            more = os.read(self._tasks, PACKET)
+            if not more:
+                return None
+            packet += more
+        fields, sizes, begin = head
+        size = sum(sizes)
+        if len(packet) - begin == size:
+            return wire.make_frame(fields, sizes, memoryview(packet)[begin:])
+        parts = bytearray(size)
+        parts[: len(packet) - begin] = packet[begin:]
+        if not self._fill(memoryview(parts), len(packet) - begin):
+            return None
+        return wire.make_frame(fields, sizes, memoryview(parts))
+
+    def _fill(self, view: memoryview, position: int) -> bool:
+        while position < len(view):
+            size = os.readv(self._tasks, [view[position : position + (1 << 20)]])
+            if not size:
+                return False
+            position += size
+        return True
+
+    def send(self, head: bytes, body: Pickled | None = None) -> None:
+        """Write one frame, whole: threads of a task that log take turns with the outcome."""
+        with self._lock:
+            if body is None:
+                _write_all(self._results, head)
+            elif not body.buffers and len(body.stream) < PACKET:
+                _write_all(self._results, head + body.stream)
+            else:
+                for part in (head, body.stream, *body.buffers):
+                    _write_all(self._results, part)
+
+    def close(self) -> None:
+        """Close the worker's descriptors: in a child that a task forked, which must not speak for the worker."""
+        for fd in (self._tasks, self._results, self.life, self.page_fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._tasks = self._results = -1  # the numbers may soon mean other files
+
+
+def _write_all(fd: int, data: Bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+__all__ = ["BadFrameError", "Channel", "Page", "WorkerChannel", "WorkerEnd"]

@@ -1,0 +1,163 @@
+"""The parent's view of one worker."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import Any
+
+import attrs
+
+from taskpool._engine import wire
+from taskpool._engine.channel import INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
+from taskpool._engine.stop import ProcessHandle
+from taskpool._engine.units import Range, Unit
+
+# A worker's life: STARTING (no word that it is ready) -> SERVING -> ENDING (it was told to, or said that it will)
+# -> DYING (its process has ended, its exit code is awaited) -> GONE.
+STARTING, SERVING, ENDING, DYING, GONE = "starting", "serving", "ending", "dying", "gone"
+
+PICK_UP = 2.0  # seconds in which a worker takes a task that lies in its pipe; one that does not is replaced
+AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
+SHORT = 0.5e-3  # tasks that take less, of late, are sent ahead of time
+AHEAD_SECONDS = 2e-3  # ... as many as should take this long
+
+
+@attrs.define
+class Stop:
+    """A climb up the ladder of `stop.py`, for one item of one unit.
+
+    Attributes:
+        unit: What must end.
+        item: Which item of it; ANY_ITEM for whichever runs.
+        timed_out: Whether it passed its limit; otherwise it was cancelled.
+        rung: The step that was taken last: 1 interrupt, 2 stacks, 3 the end of the group.
+        due: When the next step is due.
+    """
+
+    unit: Unit
+    item: int
+    timed_out: bool
+    rung: int = 0
+    due: float = 0.0
+
+
+class WorkerHandle:
+    """One worker: its channel, its process, and the units that are out with it, in the order of sending.
+
+    A worker that is idle stands in the dispatcher's deque of idle workers. Whoever takes it from there, the dispatcher
+    or a thread in `submit`, owns it; a submitting thread says that it is done with it by `handed`.
+    """
+
+    def __init__(self, index: int, now: float) -> None:
+        self.index = index
+        self.channel = Channel()
+        self.process: ProcessHandle | None = None
+        self.state = STARTING
+        self.handed = True
+        self.inflight: deque[Unit] = deque()
+        self.stop: Stop | None = None
+        self.since = now  # when it began to do what it does now: start, wait for a task, end
+        self.received = 0  # bytes from it when a deadline was last looked at
+        self.served = 0
+        self.retiring = False
+        self.exitcode: int | None = None
+        self.exitcode_due = False  # whether the host has yet to tell it
+        self.reason: str | None = None  # why we ended it, if the exit code would not tell
+        self.end_by = math.inf  # while ENDING: when it is killed, or given up if it was
+        self.hosted: Any = None  # what the host keeps about it
+        self.seconds = math.inf  # how long a task of it takes, of late
+
+    def __repr__(self) -> str:
+        return f"<worker {self.index} {self.state} pid={self.pid}>"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, once it is known."""
+        return self.process.pid if self.process is not None else None
+
+    def give(self, unit: Unit) -> bool:
+        """Send a unit whose frame fits into a packet; False, and nothing happened, if the pipe is full."""
+        if not self.inflight:
+            self.since = time.monotonic()
+        self.inflight.append(unit)
+        if self.channel.send_packet(b"".join(unit.frame())):
+            return True
+        self.inflight.pop()
+        return False
+
+    def give_large(self, unit: Unit) -> bool:
+        """Begin to send a unit of any size to an idle worker; True if all of it is sent."""
+        self.since = time.monotonic()
+        self.inflight.append(unit)
+        self.channel.begin_large(unit.frame())
+        return self.channel.continue_large()
+
+    def room_ahead(self, share: int) -> int:
+        """How many more units may be sent to it now, at most `share` beyond the one that runs."""
+        head = self.inflight[0] if self.inflight else None
+        if head is None or self.stop is not None or not self.channel.can_send_ahead or not head.is_small():
+            return 0
+        if isinstance(head, Range):
+            return 2 - len(self.inflight)
+        if self.seconds > SHORT:
+            return 0
+        depth = int(AHEAD_SECONDS / max(self.seconds, 20e-6))
+        return min(depth, share, PACKETS - 4) - len(self.inflight) + 1
+
+    def finished_one(self, seconds: float, now: float) -> None:
+        """Note that the unit at the head is done."""
+        self.inflight.popleft()
+        self.served += 1
+        self.since = now
+        known = self.seconds
+        self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds
+
+    def running(self) -> tuple[Unit, int, float, int] | None:
+        """Return (unit, item, start, phase) of what it runs, or None: before a start, and behind an end."""
+        if not self.inflight:
+            return None
+        unit, item, started, phase = self.channel.page.current()
+        head = self.inflight[0]
+        return (head, item, started, phase) if unit == head.id and head.begun(item) else None
+
+    def write_interrupt(self, stop: Stop) -> None:
+        """Write what shall be interrupted into the page: the item first, so that the pair is never mixed."""
+        words = self.channel.page.words
+        words[INTERRUPT_ITEM] = stop.item
+        words[INTERRUPT] = stop.unit.id
+
+    def limit_due(self, now: float) -> float:
+        """When the running item passes its limit; later than now where there is none or nothing runs."""
+        running = self.running()
+        if running is None or running[0].options.task_timeout is None:
+            return math.inf
+        unit, _item, started, phase = running
+        limit = unit.options.task_timeout
+        assert limit is not None
+        if phase == WRITING and started + limit <= now and self.received != self.channel.received:
+            # It has run within its limit and its result is on its way. Only if that stands still it must end.
+            self.received = self.channel.received
+            return now + max(unit.options.grace, AHEAD)
+        return started + limit
+
+    def next_due(self, now: float) -> float:
+        """When a look at this serving worker is due next."""
+        if self.stop is not None:
+            return self.stop.due
+        if not self.inflight:
+            return math.inf
+        running = self.running()
+        due = self.since + PICK_UP if running is None else self.limit_due(now)
+        if len(self.inflight) > 1:
+            due = min(due, max(self.since + AHEAD, now + AHEAD / 4))
+        return due
+
+    def is_loading(self) -> bool:
+        """Whether it is still unpickling what was sent, so that none of several items can be blamed."""
+        return self.channel.page.current()[3] == LOADING
+
+    def send_sentinel(self) -> None:
+        """Tell it to end once it has done what was sent before."""
+        self.channel.send_packet(wire.frame_head(wire.SENTINEL))

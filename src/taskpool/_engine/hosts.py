@@ -1,0 +1,599 @@
+"""Who starts the processes: the only thing that differs between the hosted backends.
+
+A host starts a process that calls `worker.main` on the worker's end of a channel, tells its pid where it knows it, and
+its exit code where it learns it. Everything else goes over the channel, and is the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING, Any, Final
+
+from taskpool._engine import template as tpl
+from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
+
+if TYPE_CHECKING:
+    from taskpool._engine.dispatcher import Dispatcher
+    from taskpool._engine.handle import WorkerHandle
+
+CLOSE_TIME = 1.0  # seconds that closing an engine may take before it is killed or left
+
+
+class _Pending:
+    """The exit code is not known yet; the host will say it."""
+
+
+PENDING: Final = _Pending()
+
+
+class Host:
+    """Starts and ends processes. All methods are called by the dispatcher, and none blocks for long."""
+
+    exitcode_time = 0.02  # seconds that an exit code which is not known at once is waited for
+    answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
+
+    def attach(self, dispatcher: Dispatcher) -> None:
+        """Learn whom to tell about pids and exit codes."""
+        self._dispatcher = dispatcher
+
+    def start(self, worker: WorkerHandle) -> None:
+        """Begin to start a process for `worker`, and close the parent's copies of the worker's end.
+
+        Raises:
+            Exception: If it cannot be started.
+        """
+        raise NotImplementedError
+
+    def start_unanswered(self, worker: WorkerHandle) -> None:
+        """A start did not answer within `answer_time`."""
+
+    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+        """Return the exit code of a process that has ended; None if it cannot be known, PENDING if it will be told."""
+        return None
+
+    def buried(self, worker: WorkerHandle) -> None:
+        """All that the worker left has been settled: free what is kept about it."""
+
+    def hint(self, worker: WorkerHandle) -> str:
+        """Return what to say about a process that ended before it was ready."""
+        code = self.exitcode(worker)
+        return f" (exit code {code})" if isinstance(code, int) else ""
+
+    def close(self) -> None:
+        """End what was kept for starting processes. All workers have ended."""
+
+
+# The template process
+
+
+class TemplateHost(Host):
+    """Starts workers by a template process (`template.py`); one that has died is replaced, its workers live on."""
+
+    def __init__(self, preload: tuple[str, ...] = ()) -> None:
+        self.exitcode_time = 0.25
+        self._preload = list(preload)
+        self._template: _TemplateProcess | None = None
+        self._starting: dict[int, WorkerHandle] = {}
+        self._by_pid: dict[int, WorkerHandle] = {}
+        self._number = 0
+
+    def start(self, worker: WorkerHandle) -> None:
+        """Send a start request; the answer comes over the socket."""
+        for attempt in (1, 2):
+            template = self._living_template()
+            self._number += 1
+            try:
+                template.request_start(self._number, worker.channel.worker_end, f"worker-{worker.index}")
+            except OSError:
+                self._drop(template)
+                if attempt == 2:
+                    raise
+            else:
+                break
+        worker.channel.worker_end.close()
+        worker.hosted = template
+        self._starting[self._number] = worker
+
+    def _living_template(self) -> _TemplateProcess:
+        template = self._template
+        if template is not None and not template.fits():
+            self._drop(template)
+            template = None
+        if template is None:
+            template = self._template = _TemplateProcess(self._preload)
+            self._dispatcher.watch(template.line.sock.fileno(), lambda: self._read(template))
+        return template
+
+    def _read(self, template: _TemplateProcess) -> None:
+        received = template.line.receive()
+        if received is None:
+            self._drop(template)
+            return
+        for kind, *values in received[0]:
+            if kind == tpl.STARTED:
+                self._started(*values)
+            elif kind == tpl.ENDED:
+                self._ended(*values)
+            elif kind == tpl.FAILED:
+                self._failed(values[0], OSError(f"the template process cannot fork: {values[1]}"))
+            elif kind == tpl.PRELOAD_FAILED:
+                self._preload_failed(*values)
+
+    def _started(self, number: int, pid: int) -> None:
+        worker = self._starting.pop(number, None)
+        if worker is not None and worker.hosted is not None:
+            self._by_pid[pid] = worker
+            self._dispatcher.process_known(worker, pid)
+
+    def _ended(self, pid: int, exitcode: int) -> None:
+        worker = self._by_pid.get(pid)
+        if worker is not None:
+            self._dispatcher.exitcode_known(worker, exitcode)
+        elif self._template is not None:
+            with contextlib.suppress(OSError):  # it was given up before it said who it is
+                self._template.line.send((tpl.REAP, pid))
+
+    def _failed(self, number: int, error: Exception) -> None:
+        worker = self._starting.pop(number, None)
+        if worker is not None:
+            self._dispatcher.start_failed(worker, error)
+
+    def _preload_failed(self, module: str, text: str, trace: str) -> None:
+        error = ImportError(f"preload={module!r} cannot be imported in a worker: {text}")
+        error.add_note(trace)
+        for number in list(self._starting):
+            self._failed(number, error)
+
+    def _drop(self, template: _TemplateProcess) -> None:
+        """A template is gone, or fits no longer. Exit codes of its workers are lost; those that it did not start fail."""
+        self._dispatcher.unwatch(template.line.sock.fileno())
+        template.close()
+        if self._template is template:
+            self._template = None
+        lost = [(number, worker) for number, worker in self._starting.items() if worker.hosted is template]
+        for number, worker in lost:
+            del self._starting[number]
+            self._dispatcher.start_lost(worker)
+
+    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+        """The template tells, if it lives."""
+        return worker.exitcode if worker.exitcode is not None or worker.hosted is not self._template else PENDING
+
+    def buried(self, worker: WorkerHandle) -> None:
+        """Let the template reap it."""
+        template, worker.hosted = worker.hosted, None
+        if worker.pid is not None and self._by_pid.pop(worker.pid, None) is not None and template is self._template:
+            with contextlib.suppress(OSError):
+                template.line.send((tpl.REAP, worker.pid))
+
+    def close(self) -> None:
+        """End the template: it reaps what is left and goes when the socket closes."""
+        if self._template is not None:
+            self._drop(self._template)
+
+
+class _TemplateProcess:
+    """The parent's side of one template process."""
+
+    def __init__(self, preload: list[str]) -> None:
+        ours, theirs = socket.socketpair()
+        keep_from_children({ours.fileno()})
+        ours.settimeout(CLOSE_TIME)  # it reads at once, unless it is stopped; then it is replaced
+        self.line = tpl.Line(ours)
+        self._identity = _identity()
+        self._state: dict[str, Any] = _state()
+        code = f"import sys; sys.path[:] = {self._state['path']!r}; from taskpool._engine.template import main; "
+        code += f"main({theirs.fileno()}, {preload!r})"
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        finally:
+            theirs.close()
+        self._state.pop("argv")  # the template's own is `-c`
+
+    def fits(self) -> bool:
+        """Whether its forks still have this process's user and groups."""
+        return self._identity == _identity()
+
+    def request_start(self, number: int, end: WorkerEnd, name: str) -> None:
+        """Ask for a worker.
+
+        Raises:
+            OSError: If the template is gone or does not read.
+        """
+        state = _state()
+        changes = {key: value for key, value in state.items() if self._state.get(key) != value}
+        if "cloudpickle" in sys.modules and "cloudpickle" not in self._state:
+            changes["imports"] = ["cloudpickle"]  # tasks that came by value need it: once here, not in each worker
+            self._state["cloudpickle"] = True
+        self._state.update(changes)
+        fds, opened = _standard_streams()
+        tracker = _tracker_fd()
+        fds = [*end.fds, *fds, *tracker]
+        try:
+            self.line.send((tpl.START, number, changes, _limits(name), len(fds)), fds)
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the socket, which ends the template, and reap it; SIGKILL if it does not go."""
+        fd = self.line.sock.detach()
+        close_kept(fd)
+        try:
+            self._process.wait(CLOSE_TIME)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(CLOSE_TIME)
+
+
+def _identity() -> tuple[Any, ...]:
+    return os.getresuid(), os.getresgid(), os.getgroups(), sys.executable
+
+
+def _state() -> dict[str, Any]:
+    """Return what a worker shall have as the parent has it now."""
+    state: dict[str, Any] = {"environ": dict(os.environ), "path": list(sys.path), "argv": list(getattr(sys, "argv", []))}
+    with contextlib.suppress(OSError):
+        state["cwd"] = os.getcwd()
+    umask = _umask()
+    if umask is not None:
+        state["umask"] = umask
+    state["filters"] = [entry for entry in warnings.filters if _is_plain_filter(entry)]
+    return state
+
+
+def _umask() -> int | None:
+    # os.umask can only be asked by changing it, for all threads.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+    return None
+
+
+def _is_plain_filter(entry: Any) -> bool:
+    return entry[2].__module__ == "builtins"
+
+
+def _limits(name: str) -> dict[str, Any]:
+    import resource
+    from multiprocessing import process
+
+    numbers = {getattr(resource, key) for key in dir(resource) if key.startswith("RLIMIT_")}
+    return {
+        "rlimits": {number: resource.getrlimit(number) for number in numbers},
+        "affinity": os.sched_getaffinity(0),
+        "authkey": bytes(process.current_process().authkey),
+        "name": name,
+    }
+
+
+def _standard_streams() -> tuple[list[int], list[int]]:
+    """Return the descriptors that a worker gets as 1 and 2, and those of them that were opened for it."""
+    fds, opened = [], []
+    for fd in (1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            fd = os.open(os.devnull, os.O_WRONLY)
+            opened.append(fd)
+        fds.append(fd)
+    return fds, opened
+
+
+def _tracker_fd() -> list[int]:
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    fd = None if tracker is None else tracker._resource_tracker._fd
+    return [] if fd is None else [fd]
+
+
+# Processes of multiprocessing
+
+
+def _process_main(end: WorkerEnd, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    from taskpool._engine import worker
+
+    worker.main(end, initializer, initargs)
+
+
+class ProcessHost(Host):
+    """Starts each worker as one `multiprocessing.Process`."""
+
+    def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
+        self._context = context
+        self._initializer = initializer
+        self._initargs = initargs
+
+    def start(self, worker: WorkerHandle) -> None:
+        """Start the process. The initializer goes as its argument, so that locks and queues pass by inheritance."""
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_process_main, args=(worker.channel.worker_end, self._initializer, self._initargs)
+        )
+        _start_with(worker, process.start)
+        worker.hosted = process
+        self._dispatcher.process_known(worker, process.pid)
+
+    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+        """Ask the process object, which reaps it."""
+        code = None if worker.hosted is None else worker.hosted.exitcode
+        # The forkserver answers 255 for "I do not know".
+        return None if code == 255 and self._context.get_start_method() == "forkserver" else code
+
+    def hint(self, worker: WorkerHandle) -> str:
+        """Add what is most often wrong under this start method."""
+        return super().hint(worker) + guard_hint(self._context)
+
+    def buried(self, worker: WorkerHandle) -> None:
+        """Reap it and free the process object."""
+        process, worker.hosted = worker.hosted, None
+        if process is not None:
+            process.join(CLOSE_TIME)
+            with contextlib.suppress(ValueError):  # it does not end; multiprocessing keeps it
+                process.close()
+
+
+def _code(process: Any) -> int | None | _Pending:
+    """Return the exit code of a process that an engine's own thread may be reaping at this moment."""
+    code: int | None = process.exitcode
+    return PENDING if code is None else code
+
+
+def guard_hint(context: BaseContext) -> str:
+    """Return the sentence about the guard, where a worker imports the main module."""
+    if context.get_start_method() == "fork":
+        return ""
+    return (
+        '; under mp_context="spawn" and "forkserver" each worker imports the main module first, so what starts work '
+        'there must stand behind `if __name__ == "__main__":` (the default backend needs no guard)'
+    )
+
+
+def _start_with(worker: WorkerHandle, start: Callable[[], object]) -> None:
+    """Run `start`, which starts a process, so that a forked one keeps the worker's end and none of the parent's."""
+    end = worker.channel.worker_end
+    end.hand_over()
+    try:
+        with warnings.catch_warnings():
+            # mp_context="fork" was asked for; that it is unsafe beside threads stands in the documentation.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+            start()
+    finally:
+        end.take_back()
+        end.close()
+
+
+# ProcessPoolExecutor
+
+_kept_end: WorkerEnd | None = None
+_kept_initializer: tuple[Any, tuple[Any, ...]] = (None, ())
+
+
+def _keep(end: WorkerEnd, initializer: Any, initargs: tuple[Any, ...]) -> None:
+    global _kept_end, _kept_initializer
+    _kept_end, _kept_initializer = end, (initializer, initargs)
+
+
+def _hosted_by_executor() -> None:
+    from taskpool._engine import worker
+
+    assert _kept_end is not None
+    worker.main(_kept_end, *_kept_initializer)
+
+
+def _end(executor: Any) -> Callable[[Any], None]:
+    def end(call: Any) -> None:
+        # The worker answered the sentinel. Not if it died: then the executor ends by itself, and holds its lock here.
+        if call.exception() is None:
+            executor.shutdown(wait=False)
+
+    return end
+
+
+class FuturesHost(Host):
+    """Starts each worker as the one long call of a `ProcessPoolExecutor(max_workers=1)`."""
+
+    def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
+        self._context = context
+        self._initializer = initializer
+        self._initargs = initargs
+        self._ending: list[Any] = []  # executors whose manager thread still runs: dropping one earlier can deadlock it
+
+    def start(self, worker: WorkerHandle) -> None:
+        """Start an executor with this worker's end as its initializer's argument."""
+        from concurrent.futures import ProcessPoolExecutor
+
+        self._forget_ended()
+        arguments = (worker.channel.worker_end, self._initializer, self._initargs)
+        executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=_keep, initargs=arguments)
+        _start_with(worker, lambda: executor.submit(_hosted_by_executor).add_done_callback(_end(executor)))
+        process = next(iter((executor._processes or {}).values()), None)
+        worker.hosted = executor, process, executor._executor_manager_thread  # type: ignore[attr-defined]
+        if process is not None:
+            self._dispatcher.process_known(worker, process.pid)
+
+    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+        """Ask the process object."""
+        process = worker.hosted[1] if worker.hosted is not None else None
+        return None if process is None else _code(process)
+
+    def hint(self, worker: WorkerHandle) -> str:
+        """Add what is most often wrong under this start method."""
+        return super().hint(worker) + guard_hint(self._context)
+
+    def buried(self, worker: WorkerHandle) -> None:
+        """Let the executor end; keep it until its manager thread has."""
+        hosted, worker.hosted = worker.hosted, None
+        if hosted is not None:
+            hosted[0].shutdown(wait=False, cancel_futures=True)
+            self._ending.append(hosted)
+
+    def _forget_ended(self) -> None:
+        self._ending = [hosted for hosted in self._ending if hosted[2] is not None and hosted[2].is_alive()]
+
+    def close(self) -> None:
+        """Wait for the manager threads, all within one bound."""
+        deadline = time.monotonic() + CLOSE_TIME
+        for _executor, _process, thread in self._ending:
+            if thread is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        self._forget_ended()
+
+
+# Pool
+
+
+def _open_door(door: socket.socket, initializer: Any, initargs: tuple[Any, ...]) -> None:
+    global _door, _kept_initializer
+    _door, _kept_initializer = door, (initializer, initargs)
+
+
+_door: socket.socket | None = None
+
+
+def _hosted_by_pool() -> None:
+    """Take the next channel that the parent has sent through the door, and be its worker, in place of a Pool's task.
+
+    The process ends with it, inside this call: there it holds none of the locks that a Pool's workers share.
+    """
+    from multiprocessing import process
+
+    from taskpool._engine import worker
+
+    assert _door is not None
+    _data, fds, _flags, _address = socket.recv_fds(_door, 1, tpl.MAX_FDS)
+    process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tasks may start processes
+    worker.main(WorkerEnd(*fds), *_kept_initializer)
+    os._exit(0)
+
+
+class PoolHost(Host):
+    """Starts workers as long calls of a `multiprocessing.Pool`, which restarts a process for the next call itself.
+
+    A killed process may take one of the Pool's own locks with it, if it was waiting for its call; then a start is not
+    answered, and the Pool is replaced. The old one is kept until its living workers have ended.
+    """
+
+    answer_time = 10.0
+
+    def __init__(
+        self, context: BaseContext, size: int, initializer: Any = None, initargs: tuple[Any, ...] = ()
+    ) -> None:
+        self._context = context
+        self._size = size
+        self._initializer = initializer
+        self._initargs = initargs
+        self._pool: _HostingPool | None = None
+
+    def start(self, worker: WorkerHandle) -> None:
+        """Send the worker's end through the door and have the Pool call for it."""
+        if self._pool is None:
+            self._pool = _HostingPool(self._context, self._size, self._initializer, self._initargs)
+        worker.hosted = self._pool, self._pool.host(worker.channel.worker_end)
+        worker.channel.worker_end.close()
+
+    def start_unanswered(self, worker: WorkerHandle) -> None:
+        """Use another Pool from now on."""
+        if worker.hosted is not None and worker.hosted[0] is self._pool:
+            self._pool = None
+
+    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+        """Ask the Pool's process object, if the Pool still had it when the pid became known."""
+        if worker.hosted is None or worker.pid is None:
+            return None
+        process = worker.hosted[0].process(worker.pid)
+        return None if process is None else _code(process)
+
+    def hint(self, worker: WorkerHandle) -> str:
+        """Add what is most often wrong under this start method."""
+        return super().hint(worker) + guard_hint(self._context)
+
+    def buried(self, worker: WorkerHandle) -> None:
+        """Forget the hosted call, which the Pool would keep for ever; end a replaced Pool with its last worker."""
+        hosted, worker.hosted = worker.hosted, None
+        if hosted is not None:
+            pool, call = hosted
+            pool.forget(call)
+            if pool is not self._pool and not pool.calls:
+                pool.end()
+
+    def close(self) -> None:
+        """End the Pool."""
+        if self._pool is not None:
+            self._pool.end()
+            self._pool = None
+
+
+class _HostingPool:
+    """One `multiprocessing.Pool` and the door through which its processes get their channels."""
+
+    def __init__(self, context: BaseContext, size: int, initializer: Any, initargs: tuple[Any, ...]) -> None:
+        self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        keep_from_children({self._ours.fileno()})
+        self._ours.setblocking(False)
+        self._processes: dict[int, Any] = {}
+        self.calls: set[Any] = set()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+            self._pool = context.Pool(size, _open_door, (self._theirs, initializer, initargs))
+
+    def host(self, end: WorkerEnd) -> Any:
+        """Have some process of the Pool take this worker's end; return the hosted call."""
+        socket.send_fds(self._ours, [b"w"], list(end.fds))
+        call = self._pool.apply_async(_hosted_by_pool)
+        self.calls.add(call)
+        return call
+
+    def process(self, pid: int) -> Any:
+        """Return the Pool's process object of this pid; it is kept, since the Pool drops it when it ends."""
+        for process in list(self._pool._pool):  # type: ignore[attr-defined]
+            self._processes.setdefault(process.pid, process)
+        return self._processes.get(pid)
+
+    def forget(self, call: Any) -> None:
+        """Drop a hosted call from the Pool's table of unfinished ones."""
+        self.calls.discard(call)
+        self._pool._cache.pop(call._job, None)  # type: ignore[attr-defined]
+
+    def end(self) -> None:
+        """End the Pool within a bound: `terminate` can wait for ever on a lock that a killed process held."""
+        thread = threading.Thread(target=self._terminate, name="taskpool-pool-end", daemon=True)
+        thread.start()
+        thread.join(CLOSE_TIME)
+        if thread.is_alive():
+            self._abandon()
+        close_kept(self._ours.detach())
+        self._theirs.close()
+
+    def _terminate(self) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+    def _abandon(self) -> None:
+        """Kill the processes of a Pool whose locks are lost, and keep it from starting others or waiting at exit."""
+        from multiprocessing import pool as mp_pool
+
+        self._pool._terminate.cancel()  # type: ignore[attr-defined]
+        self._pool._state = mp_pool.TERMINATE  # type: ignore[attr-defined]
+        self._pool._worker_handler._state = mp_pool.TERMINATE  # type: ignore[attr-defined]
+        self._pool._change_notifier.put(None)  # type: ignore[attr-defined]
+        for process in list(self._pool._pool):  # type: ignore[attr-defined]
+            process.kill()
+            process.join(CLOSE_TIME)
+
+
+def make_context(mp_context: Any) -> BaseContext:
+    """Return the multiprocessing context that a user named or passed."""
+    if mp_context is None or isinstance(mp_context, str):
+        return get_context(mp_context)
+    return mp_context  # type: ignore[no-any-return]

@@ -1,0 +1,202 @@
+"""Stopping processes, and everything that depends on the platform for it.
+
+The ladder, as the dispatcher climbs it for a task that must end:
+
+1. `interrupt`: SIGUSR1. A Python handler in the worker raises inside the task, if the task that is meant still runs.
+   Only a request: code may swallow it, C code may never return to the interpreter.
+2. `dump_and_die`: SIGUSR2. faulthandler writes every stack from within the signal handler, whether or not the GIL is
+   held, then hands the signal on to its default action, which ends the process. So the end of the process is also the
+   end of the dump: nobody has to guess how long writing takes. SIGCONT goes along, for a task that was stopped.
+3. The end of the process group: the parent closes its end of the life pipe, and the kernel sends SIGKILL to the group
+   (`arm_life_pipe`). No process id is involved that could have been reused. `kill_group` is the way without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+INTERRUPT_SIGNAL = signal.SIGUSR1
+STACK_SIGNAL = signal.SIGUSR2
+
+_HAS_LIFE_SIGNAL = hasattr(fcntl, "F_SETSIG") and hasattr(os, "O_ASYNC")
+
+
+# In the parent
+
+
+class ProcessHandle:
+    """A process that can be signalled without its id ever meaning another process.
+
+    It holds a pidfd where the system has them (Linux 5.3): readable once the process has ended, also when the process
+    is not our child or when a grandchild holds its pipes.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.fd: int | None = None
+        self.ended = False
+        try:
+            self.fd = os.pidfd_open(pid)
+        except AttributeError:
+            pass
+        except OSError:  # it has ended and was reaped
+            self.ended = True
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; a process that has ended gets none."""
+        with contextlib.suppress(OSError):
+            if self.fd is not None:
+                signal.pidfd_send_signal(self.fd, number)
+            elif not self.ended:
+                os.kill(self.pid, number)
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended, as far as can be seen without reaping it."""
+        if self.fd is not None:
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            return bool(poll.poll(0))
+        return self.ended
+
+    def kill(self) -> None:
+        """End the process itself, at once."""
+        self.send(signal.SIGKILL)
+
+    def kill_group(self) -> None:
+        """End the process group that the process leads.
+
+        While the leader is not reaped its id names no other group, so this is called before that.
+        """
+        if not self.ended or self.fd is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def interrupt(process: ProcessHandle) -> None:
+    """Ask the worker to raise inside the task whose id stands in its page."""
+    process.send(INTERRUPT_SIGNAL)
+
+
+def dump_and_die(process: ProcessHandle) -> None:
+    """Have the worker write all its stacks and end."""
+    process.send(STACK_SIGNAL)
+    process.send(signal.SIGCONT)
+
+
+def signal_name(exitcode: int | None) -> str | None:
+    """Return the name of the signal that an exit code stands for, if it does."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+# In the worker
+
+
+def lead_own_group() -> None:
+    """Leave the parent's session, so that Ctrl-C is the parent's alone and one kill reaches all that the task starts."""
+    with contextlib.suppress(OSError):  # it leads one already
+        os.setsid()
+
+
+def arm_life_pipe(fd: int) -> None:
+    """Have the kernel end this process group when the last writing end of the life pipe closes.
+
+    Holds while C code keeps the GIL, while the process is stopped, and whatever ended the parent. Armed only once this
+    process leads its group: earlier it would name the parent's.
+    """
+    if _HAS_LIFE_SIGNAL and os.getpgrp() == os.getpid():
+        fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    else:
+        threading.Thread(target=_end_with, args=(fd,), name="taskpool-life", daemon=True).start()
+    if _hung_up(fd):  # the parent ended before the pipe was armed
+        os._exit(1)
+
+
+def _hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLHUP)
+    return bool(poll.poll(0))
+
+
+def _end_with(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.read(fd, 1)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def reset_signals() -> None:
+    """Give every signal its default action again and unblock all: handlers of the parent mean the parent.
+
+    SIGINT gets a handler that does nothing, not SIG_IGN, which programs that a task starts would inherit.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _ignore)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def on_interrupt(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Install the handler that raises inside a task, again if a task has replaced it."""
+    if signal.getsignal(INTERRUPT_SIGNAL) is not handler:
+        signal.signal(INTERRUPT_SIGNAL, handler)
+
+
+def clear_timers() -> None:
+    """Clear the interval timers that a task left behind; the default action of their signals would end the next one."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def write_stacks_to(fd: int) -> None:
+    """Have faulthandler write to `fd`: at a crash, and when the parent sends STACK_SIGNAL, which then ends the process."""
+    import faulthandler
+
+    faulthandler.enable(fd)
+    faulthandler.register(STACK_SIGNAL, fd, all_threads=True, chain=True)
+
+
+def sweep_session(session: int) -> None:
+    """Kill what is left of a session whose leader is known not to be reaped yet: what left the group, not the session."""
+    if not sys.platform.startswith("linux"):
+        return
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != session and _session_of(entry) == session:
+            with contextlib.suppress(OSError):
+                os.kill(int(entry), signal.SIGKILL)
+
+
+def _session_of(pid: str) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[3])
+    except (OSError, IndexError, ValueError):
+        return None

@@ -1,0 +1,292 @@
+"""What a worker gets at a time, as the parent sees it: one call, or a range of the items of a map."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from taskpool._engine import exceptions, wire
+from taskpool._engine.channel import PACKET
+from taskpool._engine.outcomes import EncodedError, EncodedNotSendable, EncodedUnreadable, EncodedValue
+from taskpool._engine.wire import Bytes, Frame, Pickled
+from taskpool._map import MapJob
+from taskpool._options import TaskOptions
+from taskpool._task import Failure, Outcome, TaskFuture
+from taskpool.errors import NotSendableError
+
+CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
+
+_ids = itertools.count(1)
+
+_OUTCOMES = {
+    wire.VALUES: EncodedValue,
+    wire.RAISED: EncodedError,
+    wire.UNSENDABLE: EncodedNotSendable,
+    wire.UNREADABLE: EncodedUnreadable,
+}
+
+
+class Call:
+    """One call of a function. It is its own unit of work, under one id for its whole life."""
+
+    def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
+        self.id = next(_ids)
+        self.order = self.id
+        self.future = future
+        self.options = options
+        self.name = future.task_name
+        self.has_slot = False  # whether it counts against max_pending
+        self._payload = payload
+
+    @property
+    def priority(self) -> int:
+        """Higher leaves the queue first."""
+        return self.options.priority
+
+    def frame(self) -> list[Bytes]:
+        """Return the parts of the frame that brings it to a worker."""
+        return _frame(wire.CALL, self.id, self._payload)
+
+    def is_small(self) -> bool:
+        """Whether the frame fits into one packet."""
+        return not self._payload.buffers and len(self._payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
+
+    def claim(self) -> bool:
+        """Take it off the queue for a worker; False if it was cancelled."""
+        return self.future.set_running_or_notify_cancel()
+
+    def give_back(self) -> bool:
+        """Return to the state of a queued call, since it did not start; False if it has been resolved instead."""
+        return self.future.take_back()
+
+    def receive(self, frame: Frame) -> bool:
+        """Take an outcome; return whether the unit is finished with it."""
+        self.settle(0, _OUTCOMES[frame.kind](frame.body))
+        return True
+
+    def settle(self, item: int, outcome: Outcome) -> None:
+        """Resolve with an outcome that did not come from the task itself."""
+        self.future.finish(outcome)
+
+    def settle_cancelled(self, item: int) -> None:
+        """Resolve as cancelled."""
+        self.future.finish_cancelled()
+
+    def begun(self, item: int) -> bool:
+        """Whether `item`, the worker's mark, is still without an outcome."""
+        return not self.future.done()
+
+    def owns(self, target: object) -> bool:
+        """Whether a request to stop `target`, a future or a map, means this unit."""
+        return target is self.future
+
+    def rest(self, _failed: int) -> Call | None:
+        """What is left to do after a failure: nothing."""
+        return None
+
+
+class Piece:
+    """Neighbouring items of a map, pickled together. Ranges of it go to workers until nothing is left to do."""
+
+    def __init__(self, job: MapJob, first: int, items: Sequence[Any], payload: Pickled) -> None:
+        self.order = next(_ids)
+        self.job = job
+        self.first = first
+        self.payload = payload
+        self.items = items  # kept in case that they must be sent singly
+        self.todo = [(0, len(items))]
+
+    @property
+    def priority(self) -> int:
+        """Higher leaves the queue first."""
+        return self.job.options.priority
+
+    def take(self, *, is_last: bool, workers: int, most: int | None) -> Range:
+        """Return the next range for a worker.
+
+        Its length is what should take CHUNK_SECONDS by the measured durations, and leaves something for each worker
+        when little is left; a single item as long as nothing has been measured.
+
+        Args:
+            is_last: Whether nothing else waits.
+            workers: How many workers there may be.
+            most: How many items the worker may still run; None is no limit.
+        """
+        start, stop = self.todo[0]
+        if self.job.chunksize is not None:
+            size = self.job.chunksize
+        elif self.job.seconds is None:
+            size = 1
+        else:
+            size = int(CHUNK_SECONDS / max(self.job.seconds, 1e-8))
+            if is_last:
+                size = min(size, -(-self.left() // (2 * workers)))
+        if most is not None:
+            size = min(size, most)
+        end = min(stop, start + max(1, size))
+        if end == stop:
+            del self.todo[0]
+        else:
+            self.todo[0] = end, stop
+        return Range(self, start, end)
+
+    def left(self) -> int:
+        """How many items have not been given to a worker."""
+        return sum(stop - start for start, stop in self.todo)
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Put items back that have no outcome and did not count."""
+        if start < stop:
+            self.todo = sorted([*self.todo, (start, stop)])
+
+    def singly(self, start: int, stop: int) -> list[Piece]:
+        """Return these items as pieces of one item each. Pickles them again: user code runs here."""
+        return [
+            piece
+            for index in range(start, stop)
+            if (piece := make_piece(self.job, self.first + index, self.items[index : index + 1])) is not None
+        ]
+
+
+class Range:
+    """A range of a piece's items at one worker. Outcomes arrive in order, so `next` tells what is still out."""
+
+    def __init__(self, piece: Piece, start: int, stop: int) -> None:
+        self.id = next(_ids)
+        self.order = piece.order
+        self.piece = piece
+        self.next = start
+        self.stop = stop
+        self.options = piece.job.options
+        self.name = piece.job.options.name or name_of(piece.job.fn)
+
+    @property
+    def job(self) -> MapJob:
+        """The map."""
+        return self.piece.job
+
+    def frame(self) -> list[Bytes]:
+        """Return the parts of the frame that brings it to a worker."""
+        return _frame(wire.RANGE, self.id, self.piece.payload, self.next, self.stop - self.next)
+
+    def is_small(self) -> bool:
+        """Whether the frame fits into one packet."""
+        payload = self.piece.payload
+        return not payload.buffers and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
+
+    def claim(self) -> bool:
+        """Take it off the queue for a worker; False if the map was cancelled."""
+        return not self.job.cancelled
+
+    def give_back(self) -> bool:
+        """Return what is left to the piece; False if the map was cancelled."""
+        self.piece.give_back(self.next, self.stop)
+        return not self.job.cancelled
+
+    def receive(self, frame: Frame) -> bool:
+        """Take the outcome of one or more items; return whether the range is finished with it."""
+        if frame.kind == wire.VALUES:
+            outcome: Outcome = EncodedValue(frame.body)
+            self.job.deposit(self.piece.first + frame.index, frame.count, outcome, frame.seconds)
+        else:
+            self.job.deposit(self.piece.first + frame.index, 1, _OUTCOMES[frame.kind](frame.body))
+        self.next = frame.index + frame.count
+        return self.next >= self.stop
+
+    def settle(self, item: int, outcome: Outcome) -> None:
+        """Give `item` an outcome that did not come from the task itself."""
+        self.job.deposit(self.piece.first + item, 1, outcome)
+
+    def settle_cancelled(self, item: int) -> None:
+        """A map is cancelled as a whole; nobody will ask for the item."""
+
+    def begun(self, item: int) -> bool:
+        """Whether `item`, the worker's mark, is still without an outcome."""
+        return self.next <= item < self.stop
+
+    def owns(self, target: object) -> bool:
+        """Whether a request to stop `target`, a future or a map, means this unit."""
+        return target is self.job
+
+    def rest(self, failed: int) -> Piece | None:
+        """Give back all but the failed item; return the piece if there is something left to do.
+
+        Items before the failed one ran, but their outcomes, of less than a millisecond's work, had not been written.
+        """
+        self.piece.give_back(self.next, failed)
+        self.piece.give_back(failed + 1, self.stop)
+        return None if self.job.cancelled or not self.piece.todo else self.piece
+
+
+Unit = Call | Range
+Source = Call | Piece
+
+
+def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> Call | None:
+    """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
+    try:
+        payload = wire.frozen(wire.dumps((fn, args, kwargs)))
+    except Exception as cause:
+        parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
+        parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
+        future.finish(Failure(_not_sendable(parts, cause)))
+        return None
+    return Call(future, payload, options)
+
+
+def make_piece(job: MapJob, first: int, items: Sequence[Any]) -> Piece | None:
+    """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
+    try:
+        payload = wire.frozen(wire.dumps((job.fn, items, job.star)))
+    except Exception as cause:
+        if len(items) > 1:
+            raise
+        error = _not_sendable([("the function", job.fn), (f"item {first}", items[0])], cause)
+        job.deposit(first, 1, Failure(error))
+        return None
+    return Piece(job, first, items, payload)
+
+
+def make_pieces(job: MapJob, first: int, items: Sequence[Any]) -> list[Piece]:
+    """Pickle items of a map: together, or in halves where they are too large together or one of them fails."""
+    try:
+        piece = make_piece(job, first, items)
+    except Exception:
+        piece = None
+    if piece is not None and (len(items) == 1 or piece.payload.size <= LARGEST_PAYLOAD):
+        return [piece]
+    if len(items) == 1:
+        return []
+    half = len(items) // 2
+    return make_pieces(job, first, items[:half]) + make_pieces(job, first + half, items[half:])
+
+
+LARGEST_PAYLOAD = 256 * 1024  # of a piece of several items, in bytes
+
+
+def _not_sendable(parts: list[tuple[str, object]], cause: Exception) -> NotSendableError:
+    """Return the error that names the part that cannot be pickled."""
+    for part, value in parts:
+        try:
+            wire.dumps(value)
+        except Exception as error:
+            return _explain(part, value, error)
+    return _explain("the task", None, cause)
+
+
+def _explain(part: str, value: object, cause: Exception) -> NotSendableError:
+    kind = "" if value is None else f" (of type {type(value).__qualname__})"
+    text = f"{part}{kind} cannot be pickled: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}"
+    error = NotSendableError(text)
+    error.__cause__ = cause
+    return error
+
+
+def name_of(fn: Any) -> str:
+    """Return a short name for a callable."""
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _frame(kind: int, unit: int, payload: Pickled, index: int = 0, count: int = 1) -> list[Bytes]:
+    return [wire.frame_head(kind, unit, payload, index=index, count=count), payload.stream, *payload.buffers]

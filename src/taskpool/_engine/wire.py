@@ -1,0 +1,294 @@
+"""What crosses between parent and worker: pickles and frames. The only file that pickles.
+
+A pickle is a `Pickled`: the pickle stream and its large buffers beside it (pickle protocol 5, PEP 574), so that an
+array is never copied into a stream. A frame is a header, the sizes of its parts, and the parts:
+
+    header (FRAME) | size of each part, 8 bytes each | part 0: pickle stream | part 1 ... n: buffers
+
+Each frame carries the id of its unit of work; what belongs to an id that is no longer wanted is dropped.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import struct
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from pickle import PickleBuffer
+from typing import Any, NamedTuple
+
+Bytes = bytes | bytearray | memoryview
+
+OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
+MAX_PARTS = 1 << 16
+MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
+
+# kind, number of parts, unit id, item index, item count, start (monotonic), seconds
+FRAME = struct.Struct("<BxHxxxxQQQdd")
+SIZE = struct.Struct("<Q")
+
+# Parent to worker.
+SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
+# Worker to parent.
+HELLO, READY, NOT_READY, VALUES, RAISED, UNSENDABLE, UNREADABLE, INTERRUPTED, HALTED, LOG, GOODBYE = range(16, 27)
+PARENT_TO_WORKER = frozenset({SETUP, CALL, RANGE, SENTINEL})
+WORKER_TO_PARENT = frozenset(range(HELLO, GOODBYE + 1))
+
+
+class Pickled(NamedTuple):
+    """A pickled object: its stream, and the large buffers that travel beside it."""
+
+    stream: Bytes
+    buffers: Sequence[Bytes] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of bytes in all."""
+        return len(self.stream) + sum(map(len, self.buffers))
+
+
+class Frame(NamedTuple):
+    """One frame as it was read."""
+
+    kind: int
+    unit: int
+    index: int
+    count: int
+    started: float
+    seconds: float
+    body: Pickled
+
+
+class BadFrameError(Exception):
+    """What arrived is not a frame: its sender is broken and must be replaced."""
+
+
+def dumps(value: object) -> Pickled:
+    """Pickle `value` for another process: by reference where that works there, by value (cloudpickle) where it does not.
+
+    Functions and classes of `__main__` pickle by reference without complaint, and fail in a worker that never
+    imports `__main__`. So a stream that names `__main__` is made again by cloudpickle.
+
+    Raises:
+        Exception: Whatever pickling raised; user code runs here.
+    """
+    try:
+        pickled = _dump(value)
+    except Exception:
+        # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
+        return _dump_by_value(value)
+    return _dump_by_value(value) if b"__main__" in pickled.stream else pickled  # type: ignore[operator]
+
+
+def loads(pickled: Pickled) -> Any:
+    """Return the object; user code runs here and may raise anything."""
+    return pickle.loads(pickled.stream, buffers=pickled.buffers)
+
+
+def _dump_by_value(value: object) -> Pickled:
+    import cloudpickle
+
+    buffers: list[PickleBuffer] = []
+    file = io.BytesIO()
+    pickler = cloudpickle.Pickler(file, 5, buffer_callback=_collector(buffers))
+    pickler.dispatch_table = ChainMap({}, _extra_reducers(), pickler.dispatch_table)
+    pickler.dump(value)
+    return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
+
+
+def _dump(value: object) -> Pickled:
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 5, buffer_callback=_refuse_large)
+    pickler.dispatch_table = _reducers()
+    try:
+        pickler.dump(value)
+    except _LargeBuffer:
+        return _dump_beside(value)
+    return Pickled(file.getvalue())
+
+
+def _dump_beside(value: object) -> Pickled:
+    buffers: list[PickleBuffer] = []
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 5, buffer_callback=_collector(buffers))
+    pickler.dispatch_table = _reducers()
+    pickler.dump(value)
+    return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
+
+
+class _LargeBuffer(BaseException):
+    """Raised by the quick attempt, which makes no closure and no list, when an object has a large buffer after all."""
+
+
+def _is_large(buffer: PickleBuffer) -> bool:
+    try:
+        return buffer.raw().nbytes >= OUT_OF_BAND
+    except BufferError:  # not contiguous: it cannot be sent as it lies, pickle copies it
+        return False
+
+
+def _refuse_large(buffer: PickleBuffer) -> bool:
+    if _is_large(buffer):
+        raise _LargeBuffer
+    return True  # inside the stream
+
+
+def _collector(buffers: list[PickleBuffer]) -> Callable[[PickleBuffer], bool]:
+    def inside(buffer: PickleBuffer) -> bool:
+        if _is_large(buffer):
+            buffers.append(buffer)
+            return False
+        return True
+
+    return inside
+
+
+def _extra_reducers() -> dict[Any, Any]:
+    """Return the reducers that multiprocessing knows (connections, sockets, tensors), if anybody loaded them.
+
+    Without them a `Connection` would pickle as its bare descriptor number, which means another file in the worker.
+    """
+    reduction = sys.modules.get("multiprocessing.reduction")
+    return {} if reduction is None else reduction.ForkingPickler._extra_reducers
+
+
+def _reducers() -> dict[Any, Any]:
+    """Return all reducers as one plain dict: a ChainMap would cost a Python call for each object that is pickled."""
+    global _merged, _merged_from
+    extra = _extra_reducers()
+    sizes = (len(extra), len(copyreg.dispatch_table))
+    if sizes != _merged_from:
+        _merged, _merged_from = {**copyreg.dispatch_table, **extra}, sizes
+    return _merged
+
+
+_merged: dict[Any, Any] = {}
+_merged_from = (-1, -1)
+
+
+def frozen(pickled: Pickled) -> Pickled:
+    """Return the pickle with its buffers copied, so that it no longer changes with the objects it was made from."""
+    return Pickled(pickled.stream, [bytes(buffer) for buffer in pickled.buffers]) if pickled.buffers else pickled
+
+
+def frame_head(
+    kind: int,
+    unit: int = 0,
+    body: Pickled | None = None,
+    *,
+    index: int = 0,
+    count: int = 0,
+    started: float = 0.0,
+    seconds: float = 0.0,
+) -> bytes:
+    """Return header and sizes of a frame whose parts are those of `body`."""
+    if body is None:
+        return FRAME.pack(kind, 0, unit, index, count, started, seconds)
+    if not body.buffers:
+        return FRAME.pack(kind, 1, unit, index, count, started, seconds) + SIZE.pack(len(body.stream))
+    sizes = [len(body.stream), *map(len, body.buffers)]
+    return FRAME.pack(kind, len(sizes), unit, index, count, started, seconds) + struct.pack(f"<{len(sizes)}Q", *sizes)
+
+
+def parse_head(data: Bytes, kinds: frozenset[int]) -> tuple[tuple[Any, ...], tuple[int, ...], int] | None:
+    """Return (header fields, sizes of the parts, length of header and sizes), or None if `data` is too short for it.
+
+    Raises:
+        BadFrameError: If this is not the beginning of a frame of one of these `kinds`.
+    """
+    if len(data) < FRAME.size:
+        return None
+    fields = FRAME.unpack_from(data)
+    parts = fields[1]
+    if fields[0] not in kinds:
+        raise BadFrameError(f"unknown frame kind {fields[0]}")
+    end = FRAME.size + SIZE.size * parts
+    if len(data) < end:
+        return None
+    if parts == 1:
+        sizes = SIZE.unpack_from(data, FRAME.size)
+    else:
+        sizes = struct.unpack_from(f"<{parts}Q", data, FRAME.size)
+    if sizes and max(sizes) > MAX_PART:
+        raise BadFrameError(f"a part of {max(sizes)} bytes")
+    return fields, sizes, end
+
+
+def make_frame(fields: tuple[Any, ...], sizes: tuple[int, ...], parts: Bytes) -> Frame:
+    """Return the frame whose parts lie in `parts`, one behind the other; nothing is copied."""
+    kind, _, unit, index, count, started, seconds = fields
+    return Frame(kind, unit, index, count, started, seconds, _cut(sizes, parts))
+
+
+def _cut(sizes: tuple[int, ...], parts: Bytes) -> Pickled:
+    if len(sizes) <= 1:
+        return Pickled(parts)
+    cuts: list[memoryview] = []
+    parts = memoryview(parts)
+    position = 0
+    for size in sizes:
+        cuts.append(parts[position : position + size])
+        position += size
+    return Pickled(cuts[0], cuts[1:])
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames; for the parent, which never blocks on a half-written one."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self._large: bytearray | None = None  # the parts of a frame that came in pieces
+        self._filled = 0
+        self._head: tuple[tuple[Any, ...], tuple[int, ...]] = ((), ())
+
+    def room(self) -> memoryview | None:
+        """Return where the next bytes of a large frame go, to be read into directly; None between large frames."""
+        return None if self._large is None else memoryview(self._large)[self._filled :]
+
+    def filled(self, size: int) -> Frame | None:
+        """Count `size` bytes that were read into `room()`; return the frame once it is complete."""
+        assert self._large is not None
+        self._filled += size
+        if self._filled < len(self._large):
+            return None
+        frame = make_frame(*self._head, memoryview(self._large))
+        self._large = None
+        return frame
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Return the frames that are complete with `data`.
+
+        Raises:
+            BadFrameError: If what arrived is not a frame.
+            MemoryError: If there is no room for a large frame.
+        """
+        if self._pending:
+            data = self._pending + data
+            self._pending = b""
+        frames: list[Frame] = []
+        view = memoryview(data)
+        position = 0
+        while True:
+            head = parse_head(view[position:], WORKER_TO_PARENT)
+            if head is None:
+                break
+            fields, sizes, length = head
+            begin, body = position + length, sum(sizes)
+            if begin + body > len(data):
+                if body > OUT_OF_BAND:
+                    self._begin_large(fields, sizes, body, view[begin:])
+                    return frames
+                break
+            frames.append(make_frame(fields, sizes, data[begin : begin + body]))  # a copy: it may outlive its neighbours
+            position = begin + body
+        self._pending = data[position:]
+        return frames
+
+    def _begin_large(self, fields: tuple[Any, ...], sizes: tuple[int, ...], body: int, start: memoryview) -> None:
+        self._large = bytearray(body)
+        self._large[: len(start)] = start
+        self._filled = len(start)
+        self._head = (fields, sizes)

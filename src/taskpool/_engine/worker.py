@@ -1,0 +1,375 @@
+"""The worker: one loop that receives a task, runs it and writes the outcome, until the sentinel.
+
+It runs in the main thread of a process that some host started, for the whole life of that process, and it imports
+nothing of the parent's side. What it is doing at each moment stands in the page, written *before* it does it, so that
+the parent knows after any death what had started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from taskpool._engine import exceptions, stop, wire
+from taskpool._engine.channel import (
+    ANY_ITEM,
+    IDLE,
+    INTERRUPT,
+    INTERRUPT_ITEM,
+    ITEM,
+    LOADING,
+    PHASE,
+    RUNNING,
+    STARTED,
+    UNIT,
+    WRITING,
+    WorkerChannel,
+    WorkerEnd,
+)
+from taskpool._engine.wire import Frame, Pickled
+
+QUICK = 20e-6  # outcomes of items at least this long are written one by one
+GROUP = 1e-3  # ... and those of quicker ones in groups of at most about this long (seconds)
+
+now = time.monotonic
+
+
+class TaskInterrupt(BaseException):
+    """Raised inside a task that must end. Not an Exception, so that ordinary handlers let it pass."""
+
+
+class Interrupts:
+    """Turns SIGUSR1 into a TaskInterrupt, if the task that is meant still runs and no frame is being written.
+
+    Signal handlers run in the main thread between two bytecodes, and so does the worker loop: check and raise cannot
+    be separated by anything the loop does. The ids keep a late signal from hitting the next task or item.
+    """
+
+    def __init__(self, channel: WorkerChannel) -> None:
+        self._words = channel.page.words
+        self.armed = 0  # the unit that may be interrupted right now
+        self.stack: str | None = None  # where the task was when it was interrupted
+        self.came = False  # an interrupt for this unit came: the unit ends here, in time or too late
+        self._shields = 0
+        self._postponed: FrameType | None = None
+
+    def handle(self, _number: int, frame: FrameType | None) -> None:
+        """Be the signal handler."""
+        words = self._words
+        if not self.armed or words[INTERRUPT] != self.armed:
+            return
+        self.came = True
+        if words[INTERRUPT_ITEM] not in (words[ITEM], ANY_ITEM):
+            return  # that item has just ended by itself; the next ones do not start here, where a kill may be due
+        if self._shields:
+            self._postponed = frame
+            return
+        self._raise(frame)
+
+    def _raise(self, frame: FrameType | None) -> None:
+        import traceback
+
+        self.armed = 0
+        self.stack = "".join(traceback.format_stack(frame))
+        raise TaskInterrupt
+
+    def shield(self) -> None:
+        """Begin a stretch that must not be cut."""
+        self._shields += 1
+
+    def unshield(self) -> None:
+        """End it, and raise now what came meanwhile."""
+        self._shields -= 1
+        if self._postponed is not None and not self._shields:
+            frame, self._postponed = self._postponed, None
+            if self.armed:
+                self._raise(frame)
+
+
+class Worker:
+    """One worker process: its channel, and what it knows of the task that it runs."""
+
+    def __init__(
+        self, channel: WorkerChannel, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+    ) -> None:
+        self.channel = channel
+        self._initializer = initializer, initargs
+        self.interrupts = Interrupts(channel)
+        self.name = ""
+        self._handler = self.interrupts.handle  # one object, so that "is it still installed?" can be asked
+        self._words = channel.page.words
+        self._times = channel.page.times
+        self._finished = False
+
+    # Life
+
+    def run(self) -> None:
+        """Serve tasks until the sentinel, the end of the channel, or an interrupt, after which the state is unknown."""
+        self.channel.send(wire.frame_head(wire.HELLO, os.getpid()))
+        while not self._finished:
+            frame = self.channel.receive()
+            if frame is None or frame.kind == wire.SENTINEL:
+                break
+            if frame.kind == wire.SETUP:
+                self._set_up(frame)
+            elif frame.kind == wire.CALL:
+                self._run_call(frame)
+            else:
+                self._run_range(frame)
+            del frame  # nothing of a finished task is kept while the next is awaited
+        _flush()
+        self.channel.send(wire.frame_head(wire.GOODBYE))
+
+    def _set_up(self, frame: Frame) -> None:
+        try:
+            prefix, log_levels, sent_initializer = wire.loads(frame.body)
+            self.name = f"{prefix}-{frame.index}"
+            self._forward_logs(log_levels)
+            initializer, initargs = sent_initializer or self._initializer
+            if initializer is not None:
+                initializer(*initargs)
+        except BaseException as error:
+            self._report(wire.NOT_READY, frame, exceptions.encode(error, frames_of_ours=1))
+            self._finished = True
+        else:
+            self._report(wire.READY, frame)
+
+    def _forward_logs(self, levels: dict[str, int]) -> None:
+        from taskpool.logs import forward_from_worker
+
+        forward_from_worker(self.send_log, self.name, levels)
+
+    def send_log(self, record: dict[str, Any]) -> None:
+        """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process."""
+        body = wire.dumps(record)
+        shielded = threading.current_thread() is threading.main_thread()
+        if shielded:
+            self.interrupts.shield()
+        try:
+            self.channel.send(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
+        finally:
+            if shielded:
+                self.interrupts.unshield()
+
+    # One call
+
+    def _run_call(self, frame: Frame) -> None:
+        kind, body, seconds = wire.UNREADABLE, None, 0.0
+        started = self._begin(frame.unit)
+        try:
+            self.interrupts.armed = frame.unit
+            try:
+                fn, args, kwargs = wire.loads(frame.body)
+                kind = wire.RAISED
+                self._words[PHASE] = RUNNING
+                value = fn(*args, **kwargs)
+                kind, seconds = wire.UNSENDABLE, now() - started
+                del fn, args, kwargs
+                body = wire.dumps(value)
+                kind = wire.VALUES
+                del value
+            finally:
+                self.interrupts.armed = 0
+        except BaseException as error:
+            body = exceptions.encode(error, frames_of_ours=1)
+        if self.interrupts.stack is not None:  # also if the task swallowed it and went on to an end of its own
+            kind, body = self._interrupted()
+        self._report(kind, frame, body, started=started, seconds=seconds or now() - started)
+        self._end()
+
+    def _begin(self, unit: int) -> float:
+        started = now()
+        self._times[STARTED] = started
+        self._words[ITEM] = 0
+        self._words[PHASE] = LOADING
+        self._words[UNIT] = unit
+        stop.on_interrupt(self._handler)
+        return started
+
+    def _end(self) -> None:
+        self._words[UNIT] = 0
+        self._words[PHASE] = IDLE
+        stop.clear_timers()
+
+    def _interrupted(self) -> tuple[int, Pickled]:
+        """Return the outcome of an interrupted task. The worker then ends: the task may have left anything half done."""
+        self._finished = True
+        return wire.INTERRUPTED, Pickled((self.interrupts.stack or "").encode(errors="replace"))
+
+    def _report(
+        self,
+        kind: int,
+        frame: Frame,
+        body: Pickled | None = None,
+        *,
+        index: int = 0,
+        count: int = 1,
+        started: float = 0.0,
+        seconds: float = 0.0,
+    ) -> None:
+        self._words[PHASE] = WRITING
+        _flush()
+        head = wire.frame_head(kind, frame.unit, body, index=index, count=count, started=started, seconds=seconds)
+        self.channel.send(head, body)
+
+    # A range of the items of a map
+
+    def _run_range(self, frame: Frame) -> None:
+        """Run items one after the other; one that fails or cannot be read or sent costs no other."""
+        self._begin(frame.unit)
+        self._words[ITEM] = frame.index
+        run = RangeRun(self, frame)
+        try:
+            try:
+                self.interrupts.armed = frame.unit
+                run.load()
+            finally:
+                self.interrupts.armed = 0
+        except BaseException as error:
+            # Whatever it was, nothing of the range has run. The parent sends its items again, each by itself.
+            body = exceptions.encode(error, frames_of_ours=1)
+            self._finished = self.interrupts.stack is not None
+            self._report(wire.UNREADABLE, frame, body, index=frame.index, count=frame.count)
+        else:
+            while run.index < run.end and not self._finished:
+                run.run_until_something_happens()
+            if self.interrupts.came and not self._finished:
+                self.interrupts.came = False
+                self._report(wire.HALTED, frame, index=run.index, count=0)
+        self._end()
+
+
+class RangeRun:
+    """The run of one range: the values that were not written yet, and where it stands."""
+
+    def __init__(self, worker: Worker, frame: Frame) -> None:
+        self.worker = worker
+        self.frame = frame
+        self.index = frame.index  # the item that runs
+        self.end = frame.index + frame.count
+        self.values: list[Any] = []  # of the items right before `index`
+        self.group_started = 0.0
+
+    def load(self) -> None:
+        """Unpickle function and items: `(function, items, whether an item is a tuple of arguments)`."""
+        fn, items, self._star = wire.loads(self.frame.body)
+        self._fn: Callable[..., Any] = fn
+        self._items = items
+        self.worker._words[PHASE] = RUNNING
+
+    def run_until_something_happens(self) -> None:
+        """Run items to the end of the range, or to the first that raises or is interrupted, and report that one."""
+        worker, interrupts = self.worker, self.worker.interrupts
+        self.group_started = now()
+        try:
+            try:
+                interrupts.armed = self.frame.unit
+                self._run_items()
+            finally:
+                interrupts.armed = 0
+        except BaseException as error:
+            if interrupts.stack is not None:
+                outcome = worker._interrupted()
+            else:
+                outcome = wire.RAISED, exceptions.encode(error, frames_of_ours=2)
+            self.flush()
+            self._report_one(*outcome)
+        else:
+            self.flush()
+
+    def _run_items(self) -> None:
+        # The hot loop of every map: a mark before each item, so that after a death it is known which one ran; a look
+        # at the clock behind each, so that no outcome waits for a slow neighbour.
+        words, times, star, fn, values = self.worker._words, self.worker._times, self._star, self._fn, self.values
+        interrupts = self.worker.interrupts
+        before = self.group_started
+        for item in self._items[self.index : self.end]:
+            times[STARTED] = before
+            words[ITEM] = self.index
+            value = fn(*item) if star else fn(item)
+            if interrupts.stack is not None:
+                raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
+            values.append(value)
+            self.index += 1
+            if interrupts.came:
+                self.end = self.index
+            after = now()
+            if after - before >= QUICK or after - self.group_started >= GROUP:
+                self.flush()
+                after = self.group_started = now()
+            before = after
+
+    def flush(self) -> None:
+        """Write the values that are waiting, as one frame; each alone if together they cannot be pickled."""
+        values = self.values
+        if not values:
+            return
+        seconds = now() - self.group_started
+        first = self.index - len(values)
+        interrupts = self.worker.interrupts
+        armed, interrupts.armed = interrupts.armed, 0
+        try:
+            body = wire.dumps(values)
+        except BaseException:
+            self._flush_singly(first)
+        else:
+            self.worker._report(
+                wire.VALUES, self.frame, body, index=first, count=len(values), started=self.group_started, seconds=seconds
+            )
+        values.clear()
+        self.worker._words[PHASE] = RUNNING
+        interrupts.armed = armed
+
+    def _flush_singly(self, first: int) -> None:
+        for index, value in enumerate(self.values, first):
+            try:
+                kind, body = wire.VALUES, wire.dumps([value])
+            except BaseException as error:
+                kind, body = wire.UNSENDABLE, exceptions.encode(error, frames_of_ours=1)
+            self.worker._report(kind, self.frame, body, index=index, started=self.group_started)
+
+    def _report_one(self, kind: int, body: Pickled) -> None:
+        seconds = now() - self.group_started
+        self.worker._report(kind, self.frame, body, index=self.index, started=self.group_started, seconds=seconds)
+        self.worker._words[PHASE] = RUNNING
+        self.index += 1
+
+
+def _flush() -> None:
+    # What a task printed comes before its outcome. A task may have closed or replaced its streams.
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:
+        return
+
+
+def main(
+    end: WorkerEnd, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
+) -> None:
+    """Be a worker on this channel. Called in the main thread of a new process, for the rest of its life.
+
+    Args:
+        end: The worker's end of the channel.
+        initializer: Called before the first task, if the host had to pass it itself.
+        initargs: Its arguments.
+    """
+    stop.lead_own_group()
+    channel = WorkerChannel(end)
+    stop.reset_signals()
+    stop.arm_life_pipe(channel.life)
+    stop.write_stacks_to(channel.page_fd)
+    worker = Worker(channel, initializer, initargs)
+    pid = os.getpid()
+    os.register_at_fork(after_in_child=channel.close)
+    stop.on_interrupt(worker._handler)
+    try:
+        worker.run()
+    except OSError:
+        # The channel is gone: the task closed it, or this is a child that the task forked and that came back here.
+        os._exit(1 if os.getpid() == pid else 0)

@@ -1,0 +1,279 @@
+"""The life of one call, and the future that the caller holds.
+
+    QUEUED --send--> SENT --finish--> FINISHED            FINISHED: a result or an error, of whatever kind
+      |  ^            | |                                 CANCELLED: CancelledError
+      |  '-take_back--' '--stop--> STOPPING --finish--> FINISHED
+      |                               '-----cancel----> CANCELLED
+      '--cancel--> CANCELLED
+      '--finish--> FINISHED       (it could not be sent, or no worker could be made ready)
+
+`LIFE` is this picture as a table. A step that is not in it does not happen: whoever comes second finds that it is no
+longer possible, and does nothing. All steps are taken under the future's own lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING
+from concurrent.futures._base import RUNNING as _RUNNING
+from typing import Any, Protocol, TypeVar
+
+from taskpool._options import check_seconds
+
+T = TypeVar("T")
+
+QUEUED, SENT, STOPPING, DONE = PENDING, _RUNNING, "STOPPING", FINISHED
+
+LIFE: dict[tuple[str, str], str] = {
+    (QUEUED, "send"): SENT,
+    (QUEUED, "cancel"): CANCELLED_AND_NOTIFIED,
+    (QUEUED, "finish"): DONE,
+    (SENT, "take_back"): QUEUED,
+    (SENT, "stop"): STOPPING,
+    (SENT, "finish"): DONE,
+    (SENT, "cancel"): CANCELLED_AND_NOTIFIED,
+    (STOPPING, "take_back"): QUEUED,
+    (STOPPING, "finish"): DONE,
+    (STOPPING, "cancel"): CANCELLED_AND_NOTIFIED,
+}
+
+
+class Outcome(Protocol):
+    """How a task ended. Decoding may run user code, so it is left to whoever asks for the result."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a result and not an error."""
+
+    def decode(self) -> tuple[Any, BaseException | None]:
+        """Return (result, None) or (None, error); never raises an Exception."""
+
+
+class Value:
+    """A result that is at hand."""
+
+    ok = True
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def decode(self) -> tuple[Any, None]:
+        """Return it."""
+        return self._value, None
+
+
+class Failure:
+    """An error that is at hand."""
+
+    ok = False
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def decode(self) -> tuple[None, BaseException]:
+        """Return it."""
+        return None, self._error
+
+
+class Owner(Protocol):
+    """The backend's side of a future."""
+
+    def stop(self, future: TaskFuture[Any]) -> None:
+        """Have the task of this future stopped; the future then resolves by itself. Never blocks."""
+
+    def is_running(self, future: TaskFuture[Any]) -> bool:
+        """Whether the task has started in a worker and not ended."""
+
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run a future's callbacks on a thread where they may block."""
+
+
+class TaskFuture(Future[T]):
+    """The future of one task: a `concurrent.futures.Future` whose `cancel()` reaches a running task, and awaitable.
+
+    Args:
+        owner: The backend that runs the task.
+        name: The task's name.
+    """
+
+    def __init__(self, owner: Owner | None = None, name: str = "") -> None:
+        super().__init__()
+        self._owner = owner
+        self._outcome: Outcome | None = None
+        self.task_name = name
+
+    # What the caller may do
+
+    def cancel(self) -> bool:
+        """Cancel the task: a queued one never starts, a running one is stopped.
+
+        Returns:
+            False if the task is already done. True otherwise; for a running task that means "stop requested": the
+            future resolves soon after, with `CancelledError`, or with the result if it was already written.
+        """
+        with self._condition:
+            if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
+                return True
+            if self._state == DONE:
+                return False
+            queued = self._state == QUEUED
+            if queued:
+                self._resolve("cancel", None)
+            else:
+                self._step("stop")
+        if queued:
+            self._invoke_callbacks()
+        elif self._owner is not None:
+            self._owner.stop(self)
+        return True
+
+    def running(self) -> bool:
+        """Whether the task has started and not ended."""
+        state = self._state
+        if self._owner is None or state not in (SENT, STOPPING):
+            return state in (SENT, STOPPING)
+        return self._owner.is_running(self)
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return the task's result, or raise its error.
+
+        Args:
+            timeout: The longest wait in seconds; None waits until the task ends. The task itself is not affected.
+
+        Raises:
+            TimeoutError: If the task has not ended in time; `done()` is then False and one may wait again.
+            concurrent.futures.CancelledError: If the task was cancelled.
+            Exception: The task's own exception, or a `TaskPoolError` that says what happened to it.
+        """
+        self._wait(timeout)
+        self._decode()
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                self = None  # type: ignore[assignment]  # the traceback would keep the future alive in a cycle
+        return self._result  # type: ignore[no-any-return,attr-defined]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the task's error, or None if it has a result. Arguments and errors as in `result`."""
+        self._wait(timeout)
+        self._decode()
+        return self._exception
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """Wait in asyncio; cancelling the awaiting task cancels this one, a running one included."""
+        return asyncio.wrap_future(self).__await__()
+
+    def _wait(self, timeout: float | None) -> None:
+        seconds = check_seconds(timeout, "timeout")
+        with self._condition:
+            if not self._is_resolved():
+                self._condition.wait_for(self._is_resolved, seconds)
+            if self._state == DONE:
+                return
+            if self._is_resolved():
+                raise CancelledError
+            raise TimeoutError
+
+    def _is_resolved(self) -> bool:
+        return self._state in (DONE, CANCELLED, CANCELLED_AND_NOTIFIED)
+
+    def _decode(self) -> None:
+        # Without a lock: an object that hangs while it is unpickled must hang only those who ask for it. If two ask
+        # at once, both decode and the first to come back decides, so everybody gets the same object.
+        outcome = self._outcome
+        if outcome is None:
+            return
+        value, error = outcome.decode()
+        with self._condition:
+            if self._outcome is not None:
+                self._outcome = None
+                self._result, self._exception = value, error
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        # Python 3.14 and newer: how asyncio copies a future's state.
+        if self._state == DONE:
+            self._decode()
+        with self._condition:
+            cancelled = self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
+            done = cancelled or self._state == DONE
+            return done, cancelled, self._result if done and not cancelled else None, self._exception
+
+    # What the backend does
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Mark the task as sent; return False if it was cancelled before."""
+        with self._condition:
+            return self._step("send")
+
+    def take_back(self) -> bool:
+        """Mark the task as queued again: it was sent and is known not to have started.
+
+        Returns:
+            False if the caller has cancelled it meanwhile; the future is then resolved.
+        """
+        with self._condition:
+            stopping = self._state == STOPPING
+            self._step("take_back")
+        if stopping:
+            self.finish_cancelled()
+        return not stopping
+
+    def finish(self, outcome: Outcome) -> bool:
+        """Resolve the future; return False if it was resolved before."""
+        with self._condition:
+            resolved = self._resolve("finish", outcome)
+        if resolved:
+            self._hand_out_callbacks()
+        return resolved
+
+    def finish_cancelled(self) -> bool:
+        """Resolve the future as cancelled; return False if it was resolved before."""
+        with self._condition:
+            resolved = self._resolve("cancel", None)
+        if resolved:
+            self._hand_out_callbacks()
+        return resolved
+
+    def _step(self, event: str) -> bool:
+        state = LIFE.get((self._state, event))
+        if state is None:
+            return False
+        self._state = state
+        return True
+
+    def _resolve(self, event: str, outcome: Outcome | None) -> bool:
+        if not self._step(event):
+            return False
+        self._outcome = outcome
+        for waiter in self._waiters:
+            if outcome is None:
+                waiter.add_cancelled(self)
+            elif outcome.ok:
+                waiter.add_result(self)
+            else:
+                waiter.add_exception(self)
+        self._condition.notify_all()
+        return True
+
+    def _hand_out_callbacks(self) -> None:
+        if not self._done_callbacks:
+            return
+        if self._owner is None:
+            self._invoke_callbacks()
+        else:
+            self._owner.run_callbacks(self._invoke_callbacks)
+
+    def _invoke_callbacks(self) -> None:
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException:  # also SystemExit: a callback must not end the thread that runs everybody's
+                logging.getLogger("taskpool").exception("a callback of %r raised", self)
+
+    def __repr__(self) -> str:
+        name = f" of {self.task_name}" if self.task_name else ""
+        return f"<TaskFuture{name} at {id(self):#x} state={self._state.lower().replace('_and_notified', '')}>"

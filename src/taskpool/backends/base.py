@@ -1,0 +1,162 @@
+"""The contract between the executor and what runs its tasks."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from taskpool._map import MapBackend
+from taskpool._options import TaskOptions
+from taskpool._task import TaskFuture
+from taskpool.errors import QueueFullError, UnsupportedError
+
+
+@attrs.frozen
+class Capabilities:
+    """What a backend can do beyond running tasks.
+
+    Attributes:
+        kill: A task that does not yield is stopped by the end of its process.
+        isolation: A task that crashes takes nothing else with it.
+        processes: Tasks run in processes of their own; what crosses is pickled.
+        start_methods: `mp_context=` chooses how processes start.
+        preload: `preload=` names modules that workers share.
+        recycling: `max_tasks_per_child=` replaces workers.
+    """
+
+    kill: bool
+    isolation: bool
+    processes: bool
+    start_methods: bool
+    preload: bool
+    recycling: bool
+
+
+@attrs.frozen
+class Stats:
+    """What an executor is doing and has done.
+
+    Attributes:
+        workers: Workers that are ready for tasks or run one.
+        idle: ... of these, the ones that run nothing.
+        queued: Tasks, or pieces of maps, that wait for a worker.
+        running: Workers that run something.
+        finished: Tasks that ended with a result; items of maps count each.
+        failed: ... with an exception of their own, or because they could not be sent.
+        timed_out: ... by passing their limit.
+        cancelled: ... by being cancelled.
+        crashed: ... by the death of their worker.
+        started: Workers that were started.
+        replaced: Workers that ended before their time, by a crash or by being stopped.
+        rerun: Items of maps that ran twice, since their worker died before their results, of less than a millisecond's
+            work, were written.
+    """
+
+    workers: int = 0
+    idle: int = 0
+    queued: int = 0
+    running: int = 0
+    finished: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    crashed: int = 0
+    started: int = 0
+    replaced: int = 0
+    rerun: int = 0
+
+
+@attrs.frozen
+class Setup:
+    """What an executor passes to its backend, checked. Times in seconds."""
+
+    name: str
+    max_workers: int
+    mp_context: Any = None
+    initializer: Callable[..., object] | None = None
+    initargs: tuple[Any, ...] = ()
+    preload: tuple[str, ...] = ()
+    max_tasks_per_child: int | None = None
+    max_pending: int | None = None
+    start_timeout: float | None = 60.0
+    idle_timeout: float | None = None
+
+
+class Slots:
+    """The places of `max_pending`: a task has one from its submission until it leaves the queue."""
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+        self._places = None if count is None else threading.Semaphore(count)
+
+    def take(self, timeout: float | None, *, wait: bool) -> bool:
+        """Wait for a place; return whether one was taken, which is not necessary without a bound.
+
+        Raises:
+            QueueFullError: If there is none within `timeout` seconds, or at once where waiting could never end.
+        """
+        if self._places is None:
+            return False
+        if not (self._places.acquire(timeout=timeout) if wait else self._places.acquire(blocking=False)):
+            within = f" within submit_timeout={timeout:g} seconds" if wait and timeout is not None else ""
+            raise QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
+        return True
+
+    def free(self) -> None:
+        """Give a place back."""
+        if self._places is not None:
+            self._places.release()
+
+
+class Backend(MapBackend):
+    """Runs tasks. Every method that can block takes a bound."""
+
+    capabilities: Capabilities
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name = name
+        self.setup = setup
+        self.workers = setup.max_workers
+
+    @abstractmethod
+    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+        """Accept a call. An argument that cannot be sent fails the future, not this call."""
+
+    @abstractmethod
+    def close(self, *, cancel: bool) -> None:
+        """Accept nothing more and finish what was accepted, or cancel what is queued. Never blocks."""
+
+    @abstractmethod
+    def terminate(self, kill_at: float) -> None:
+        """Cancel what is queued and stop what runs, by all means from the time `kill_at` on. Never blocks."""
+
+    @abstractmethod
+    def join(self, timeout: float | None) -> bool:
+        """Wait at most `timeout` seconds until everything has ended; return whether it has."""
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """Return what it is doing and has done."""
+
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs on a thread of this backend's, which must not wait for it."""
+        return False
+
+
+def refuse(setup: Setup, backend: str, **wanted: object) -> None:
+    """Raise for the first of these settings that was given, naming backends that have it.
+
+    Raises:
+        UnsupportedError: If one is not None, empty or False.
+    """
+    for argument, value in wanted.items():
+        if value:
+            others = {
+                "preload": 'backend="process" without mp_context=',
+                "mp_context": 'backend="process", "futures" and "pool"',
+            }.get(argument, 'backend="process"')
+            raise UnsupportedError(f"backend={backend!r} cannot do {argument}={value!r}; {others} can")

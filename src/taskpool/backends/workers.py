@@ -1,0 +1,183 @@
+"""The hosted backends: taskpool's own workers, in processes that one of three engines starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskpool import logs
+from taskpool._engine import hosts, wire
+from taskpool._engine.dispatcher import SERVING, Dispatcher, Settings
+from taskpool._engine.units import Call, make_call, make_pieces, name_of
+from taskpool._map import MapJob
+from taskpool._options import TaskOptions
+from taskpool._task import TaskFuture
+from taskpool.backends.base import Backend, Capabilities, Setup, Slots, Stats, refuse
+from taskpool.errors import NotSendableError, UnsupportedError
+
+
+class WorkersBackend(Backend):
+    """Runs tasks in worker processes.
+
+    Args:
+        name: "process", "futures" or "pool".
+        setup: The executor's settings.
+    """
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        super().__init__(name, setup)
+        _check_platform(name)
+        uses_template = name == "process" and setup.mp_context is None and _has_template()
+        self.capabilities = Capabilities(
+            kill=True, isolation=True, processes=True, start_methods=True, preload=uses_template, recycling=True
+        )
+        if not uses_template:
+            refuse(setup, name, preload=setup.preload)
+        self._slots = Slots(setup.max_pending)
+        host, initializer = _make_host(name, setup, uses_template=uses_template)
+        settings = Settings(
+            name=setup.name,
+            max_workers=setup.max_workers,
+            setup=_pickle_setup(setup.name, initializer),
+            has_initializer=setup.initializer is not None,
+            start_timeout=setup.start_timeout,
+            max_tasks=setup.max_tasks_per_child,
+            idle_timeout=setup.idle_timeout,
+        )
+        self._dispatcher = Dispatcher(host, settings, self._free_slot)
+
+    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+        """Pickle the call here, in the caller's thread, and hand it to a worker or the queue."""
+        dispatcher = self._dispatcher
+        if dispatcher.broken is not None:
+            raise dispatcher.broken()
+        dispatcher.start()
+        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
+        call = make_call(future, fn, args, kwargs, options)
+        if call is not None:
+            call.has_slot = self._slots.take(options.submit_timeout, wait=not dispatcher.is_own_thread())
+            dispatcher.submit(call)
+        return future
+
+    def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
+        """Pickle items of a map here and queue them."""
+        dispatcher = self._dispatcher
+        if dispatcher.broken is not None:
+            raise dispatcher.broken()
+        dispatcher.start()
+        dispatcher.submit_pieces(make_pieces(job, first, items))
+
+    def cancel_job(self, job: MapJob, *, stop: bool) -> None:
+        """Drop or stop what is left of a map."""
+        if stop:
+            self._dispatcher.stop(job)
+        else:
+            self._dispatcher.drop(job)
+
+    # What futures ask for
+
+    def stop(self, future: TaskFuture[Any]) -> None:
+        """Have a running task stopped."""
+        self._dispatcher.stop(future)
+
+    def is_running(self, future: TaskFuture[Any]) -> bool:
+        """Whether the task has started."""
+        return self._dispatcher.is_running(future)
+
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run callbacks on the callback thread."""
+        self._dispatcher.callbacks.run(run)
+
+    # The end
+
+    def close(self, *, cancel: bool) -> None:
+        """Finish what was accepted, then end."""
+        self._dispatcher.close(cancel=cancel)
+
+    def terminate(self, kill_at: float) -> None:
+        """Stop everything."""
+        self._dispatcher.terminate(kill_at)
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the end of dispatcher, workers and callbacks."""
+        return self._dispatcher.join(timeout)
+
+    def is_own_thread(self) -> bool:
+        """Whether this is the dispatcher's or the callback thread."""
+        return self._dispatcher.is_own_thread()
+
+    def stats(self) -> Stats:
+        """Count workers and tasks."""
+        workers, queued = self._dispatcher.snapshot()
+        serving = [busy for state, busy in workers if state == SERVING]
+        counts = self._dispatcher.counts
+        return Stats(
+            workers=len(serving),
+            idle=serving.count(False),
+            queued=queued,
+            running=serving.count(True),
+            finished=counts.finished,
+            failed=counts.failed,
+            timed_out=counts.timed_out,
+            cancelled=counts.cancelled,
+            crashed=counts.crashed,
+            started=counts.started,
+            replaced=counts.replaced,
+            rerun=counts.rerun,
+        )
+
+    def _free_slot(self, call: Call) -> None:
+        if call.has_slot:
+            call.has_slot = False
+            self._slots.free()
+
+
+def _has_template() -> bool:
+    return sys.platform.startswith("linux") and hasattr(os, "pidfd_open")
+
+
+def _check_platform(name: str) -> None:
+    if sys.platform == "win32":
+        raise UnsupportedError(
+            f'backend={name!r} needs a POSIX system; backend="thread" and backend="serial" run on Windows'
+        )
+
+
+def _make_host(name: str, setup: Setup, *, uses_template: bool) -> tuple[hosts.Host, tuple[Any, Any] | None]:
+    """Return the host, and the initializer if it goes over the channel instead of with the process."""
+    initializer = None if setup.initializer is None else (setup.initializer, setup.initargs)
+    if uses_template:
+        return hosts.TemplateHost(setup.preload), initializer
+    context = hosts.make_context(setup.mp_context or (None if name != "process" else "spawn"))
+    _check_not_bootstrapping(context)
+    arguments = (setup.initializer, setup.initargs)
+    if name == "process":
+        return hosts.ProcessHost(context, *arguments), None
+    if name == "futures":
+        return hosts.FuturesHost(context, *arguments), None
+    return hosts.PoolHost(context, setup.max_workers, *arguments), None
+
+
+def _check_not_bootstrapping(context: Any) -> None:
+    from multiprocessing.process import current_process
+
+    if getattr(current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this process is a worker that is still importing the main module, and there an executor is made again: "
+            f"under mp_context={context.get_start_method()!r} put what starts work behind "
+            '`if __name__ == "__main__":` (the default backend needs no guard)'
+        )
+
+
+def _pickle_setup(name: str, initializer: tuple[Any, Any] | None) -> wire.Pickled:
+    try:
+        return wire.frozen(wire.dumps((name, logs.current_levels(), initializer)))
+    except Exception as cause:
+        raise NotSendableError(
+            f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
+            'multiprocessing pass to workers by inheritance only: use mp_context="forkserver", "spawn" or "fork"'
+        ) from cause
+
+
