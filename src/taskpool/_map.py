@@ -39,6 +39,7 @@ class MapJob:
         self.options = options
         self.chunksize = chunksize
         self.cancelled = False
+        self.deadline: float | None = None  # the call's own (monotonic)
         self.seconds: float | None = None  # how long an item takes, of late
         self.finished = 0
         self._groups: dict[int, tuple[int, Outcome]] = {}
@@ -118,7 +119,7 @@ class MapResults(Iterator[Any]):
         self._backend = backend
         self._job = job
         self._seconds = timeout
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
         self._buffersize = buffersize
         self._sequence = source if isinstance(source, range | list | tuple) else None
         self._source = iter(source)

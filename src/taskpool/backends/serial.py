@@ -1,0 +1,194 @@
+"""The serial backend: the caller runs each task itself, at once. For debugging and tests, and for comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from taskpool._engine.units import name_of
+from taskpool._map import MapJob
+from taskpool._options import TaskOptions
+from taskpool._task import Outcome, TaskFuture
+from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.local import (
+    Alarms,
+    LocalCall,
+    LocalItem,
+    LocalTask,
+    TaskInterrupt,
+    cancel_interrupt,
+    interrupt_thread,
+    run_task,
+    stack_of,
+    timed_out,
+)
+from taskpool.errors import InitializerError
+
+
+class SerialBackend(Backend):
+    """Runs each task in `submit`, in the caller's thread. A limit asks the task to end; it cannot make it."""
+
+    capabilities = Capabilities(
+        kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+    )
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        super().__init__(name, setup)
+        refuse(
+            setup, name, mp_context=setup.mp_context, preload=setup.preload, max_tasks_per_child=setup.max_tasks_per_child
+        )
+        self.workers = 1
+        self._alarms = Alarms(setup.name)
+        self._running: list[LocalRun] = []
+        self._initialized = False
+        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled"), 0)
+
+    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+        """Run a call now."""
+        self._initialize()
+        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
+        self._run(LocalCall(future, fn, args, kwargs, options))
+        return future
+
+    def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
+        """Run items of a map now, until the time of the whole call is over."""
+        self._initialize()
+        for index, item in enumerate(items, first):
+            self._run(LocalItem(job, index, item), job.deadline)
+
+    def _initialize(self) -> None:
+        if not self._initialized and self.setup.initializer is not None:
+            try:
+                self.setup.initializer(*self.setup.initargs)
+            except Exception as cause:
+                raise InitializerError(f"the initializer failed: {type(cause).__name__}: {cause}") from cause
+        self._initialized = True
+
+    def _run(self, task: LocalTask, deadline: float | None = None) -> None:
+        if not task.claim():
+            self._counts["cancelled"] += 1
+            return
+        began = time.monotonic()
+        run = LocalRun(task)
+        self._running.append(run)
+        outcome: Outcome | None = None
+        try:
+            with self._limited(run, task.options.task_timeout, deadline):
+                outcome = run_task(task)
+        except TaskInterrupt:
+            pass
+        finally:
+            self._running.remove(run)
+        if run.interrupted:
+            outcome = timed_out(task, run.stack) if run.timed_out else None
+        if task.settle(outcome, time.monotonic() - began):
+            kind = "cancelled" if outcome is None else "finished" if outcome.ok else "failed"
+            self._counts["timed_out" if run.timed_out else kind] += 1
+
+    @contextlib.contextmanager
+    def _limited(self, run: LocalRun, limit: float | None, deadline: float | None) -> Iterator[None]:
+        """Interrupt what runs inside when it passes its limit, or when the whole call passes its own."""
+        ends = []
+        if limit is not None:
+            ends.append((time.monotonic() + limit, True))
+        if deadline is not None:
+            ends.append((deadline, False))
+        if ends:
+            when, is_limit = min(ends)
+            self._alarms.set(run, when, lambda: run.interrupt(has_timed_out=is_limit))
+        try:
+            with run:
+                yield
+        finally:
+            if ends:
+                self._alarms.clear(run)
+
+    def stop(self, future: TaskFuture[Any]) -> None:
+        """Ask a running task to end: another thread, or a signal handler, cancelled it."""
+        self._stop_target(future)
+
+    def _stop_target(self, target: object) -> None:
+        for run in list(self._running):
+            if run.task.owns(target):
+                run.interrupt(has_timed_out=False)
+
+    def is_running(self, future: TaskFuture[Any]) -> bool:
+        """Whether this future's task runs."""
+        return any(run.task.owns(future) for run in list(self._running))
+
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run callbacks at once."""
+        run()
+
+    def cancel_job(self, job: MapJob, *, stop: bool) -> None:
+        """Ask an item that runs to end; there is no queue."""
+        if stop:
+            self._stop_target(job)
+
+    def close(self, *, cancel: bool) -> None:
+        """There is nothing to end but the thread of the limits."""
+
+    def terminate(self, kill_at: float) -> None:
+        """Ask what runs to end."""
+        for run in list(self._running):
+            run.interrupt(has_timed_out=False)
+
+    def join(self, timeout: float | None) -> bool:
+        """There is nothing to wait for: what was accepted has been run."""
+        self._alarms.close()
+        return True
+
+    def stats(self) -> Stats:
+        """Count tasks."""
+        return Stats(workers=1, idle=int(not self._running), running=int(bool(self._running)), **self._counts)
+
+
+class LocalRun:
+    """One task that runs in the caller's thread: inside `with` it can be interrupted.
+
+    In the main thread a signal wakes it from a blocking call; elsewhere only running Python code can be interrupted.
+    """
+
+    def __init__(self, task: LocalTask) -> None:
+        self.task = task
+        self.interrupted = self.timed_out = False
+        self.stack: str | None = None
+        self._thread = threading.get_ident()
+        self._in_main = threading.current_thread() is threading.main_thread()
+        self._lock = threading.Lock()
+        self._active = False
+        self._handler: Any = None
+
+    def __enter__(self) -> None:
+        if self._in_main:
+            self._handler = signal.signal(signal.SIGUSR1, self._handle)
+        self._active = True
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._active = False
+            if self.interrupted and not self._in_main:
+                cancel_interrupt(self._thread)
+        if self._in_main:
+            signal.signal(signal.SIGUSR1, self._handler)
+
+    def interrupt(self, *, has_timed_out: bool) -> None:
+        """Ask the task to end."""
+        with self._lock:
+            if not self._active or self.interrupted:
+                return
+            self.interrupted, self.timed_out = True, has_timed_out
+            self.stack = stack_of(self._thread)
+            if self._in_main:
+                signal.pthread_kill(self._thread, signal.SIGUSR1)
+            else:
+                interrupt_thread(self._thread)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._active:
+            raise TaskInterrupt

@@ -1,0 +1,317 @@
+"""The thread backend: tasks run in threads of this process. They can be asked to end, not made to."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskpool._engine.units import name_of
+from taskpool._map import MapJob
+from taskpool._options import TaskOptions
+from taskpool._task import Outcome, TaskFuture
+from taskpool.backends.base import Backend, Capabilities, Setup, Slots, Stats, refuse
+from taskpool.backends.local import (
+    Alarms,
+    LocalCall,
+    LocalItem,
+    LocalTask,
+    TaskInterrupt,
+    cancel_interrupt,
+    interrupt_thread,
+    run_task,
+    stack_of,
+    timed_out,
+)
+from taskpool.errors import InitializerError
+
+
+class ThreadBackend(Backend):
+    """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced."""
+
+    capabilities = Capabilities(
+        kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+    )
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        super().__init__(name, setup)
+        refuse(
+            setup, name, mp_context=setup.mp_context, preload=setup.preload, max_tasks_per_child=setup.max_tasks_per_child
+        )
+        self._slots = Slots(setup.max_pending)
+        self._alarms = Alarms(setup.name)
+        self._heap: list[tuple[int, int, LocalTask]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._threads: set[WorkerThread] = set()
+        self._numbers = itertools.count(1)
+        self._closing = False
+        self._broken: BaseException | None = None
+        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "started", "replaced"), 0)
+
+    # Accepting
+
+    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+        """Queue a call."""
+        self._raise_if_broken()
+        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
+        call = LocalCall(future, fn, args, kwargs, options)
+        call.has_slot = self._slots.take(options.submit_timeout, wait=not self.is_own_thread())
+        self._queue([call])
+        return future
+
+    def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
+        """Queue items of a map."""
+        self._raise_if_broken()
+        self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
+
+    def _queue(self, tasks: Sequence[LocalTask]) -> None:
+        with self._changed:
+            for task in tasks:
+                heapq.heappush(self._heap, (-task.options.priority, next(self._order), task))
+            idle = sum(thread.task is None for thread in self._threads)
+            for _ in range(min(len(self._heap) - idle, self.workers - len(self._threads))):
+                self._start_thread()
+            self._changed.notify(len(tasks))
+
+    def _start_thread(self) -> None:
+        thread = WorkerThread(self, f"{self.setup.name}-thread-{next(self._numbers)}")
+        thread.start()
+        self._threads.add(thread)
+        self._counts["started"] += 1
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise _initializer_error(self._broken)
+
+    # Threads ask for work
+
+    def next_task(self, thread: WorkerThread) -> LocalTask | None:
+        """Return the next task for a thread; None is the sentinel."""
+        while True:
+            with self._changed:
+                while not self._heap:
+                    if self._closing or thread not in self._threads:
+                        self._threads.discard(thread)
+                        self._changed.notify_all()
+                        return None
+                    if not self._changed.wait(self.setup.idle_timeout) and not self._heap:
+                        self._threads.discard(thread)
+                        self._changed.notify_all()
+                        return None
+                task = heapq.heappop(self._heap)[2]
+                thread.task = task
+            if task.has_slot:
+                self._slots.free()
+            if task.claim():
+                return task
+            thread.task = None
+            self._counts["cancelled"] += 1
+
+    def started(self, thread: WorkerThread, task: LocalTask) -> None:
+        """A thread begins a task."""
+        limit = task.options.task_timeout
+        if limit is not None:
+            self._alarms.set(thread, time.monotonic() + limit, lambda: self._limit_passed(thread, task))
+
+    def ended(self, thread: WorkerThread, task: LocalTask, outcome: Outcome | None, seconds: float) -> None:
+        """A thread has left a task."""
+        if task.options.task_timeout is not None or thread.interrupted:
+            self._alarms.clear(thread)
+        if task.settle(outcome, seconds):
+            kind = "cancelled" if outcome is None else "finished" if outcome.ok else "failed"
+            self._counts["timed_out" if thread.timed_out else kind] += 1
+
+    def initializer_failed(self, thread: WorkerThread, error: BaseException) -> None:
+        """A thread cannot be made ready: fail all that waits."""
+        with self._changed:
+            self._broken = error
+            self._threads.discard(thread)
+            waiting, self._heap = self._heap, []
+            self._changed.notify_all()
+        for _priority, _order, task in waiting:
+            self._refuse(task, _failure(error))
+
+    # Stopping tasks
+
+    def stop(self, future: TaskFuture[Any]) -> None:
+        """Ask a running task to end."""
+        self._stop_target(future)
+
+    def _stop_target(self, target: object) -> None:
+        for thread in list(self._threads):
+            task = thread.task
+            if task is not None and task.owns(target):
+                self._interrupt(thread, task, has_timed_out=False)
+
+    def _limit_passed(self, thread: WorkerThread, task: LocalTask) -> None:
+        self._interrupt(thread, task, has_timed_out=True)
+
+    def _interrupt(self, thread: WorkerThread, task: LocalTask, *, has_timed_out: bool) -> None:
+        if thread.interrupt(task, has_timed_out=has_timed_out):
+            when = time.monotonic() + task.options.grace
+            self._alarms.set(thread, when, lambda: self._abandon(thread, task))
+
+    def _abandon(self, thread: WorkerThread, task: LocalTask) -> None:
+        """The task did not yield: resolve it, leave the thread to itself, and use another one."""
+        with self._changed:
+            if thread.task is not task:
+                return
+            self._threads.discard(thread)
+            self._counts["replaced"] += 1
+            if self._heap and not self._broken:
+                self._start_thread()
+            self._changed.notify_all()
+        outcome = timed_out(task, thread.stack) if thread.timed_out else None
+        if task.settle(outcome, 0.0):
+            self._counts["timed_out" if thread.timed_out else "cancelled"] += 1
+
+    def is_running(self, future: TaskFuture[Any]) -> bool:
+        """Whether a thread runs this future's task."""
+        return any(thread.task is not None and thread.task.owns(future) for thread in list(self._threads))
+
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run callbacks in the thread that resolved the future."""
+        run()
+
+    def cancel_job(self, job: MapJob, *, stop: bool) -> None:
+        """Drop the items that have not started, and ask those that run to end."""
+        with self._changed:
+            self._heap = [entry for entry in self._heap if not entry[2].owns(job)]
+            heapq.heapify(self._heap)
+        if stop:
+            self._stop_target(job)
+
+    # The end
+
+    def close(self, *, cancel: bool) -> None:
+        """Finish what was accepted, then end the threads."""
+        with self._changed:
+            self._closing = True
+            waiting: list[tuple[int, int, LocalTask]] = []
+            if cancel:
+                waiting, self._heap = self._heap, []
+            self._changed.notify_all()
+        for _priority, _order, task in waiting:
+            self._refuse(task, None)
+
+    def terminate(self, kill_at: float) -> None:
+        """Cancel what is queued, and ask what runs to end."""
+        self.close(cancel=True)
+        for thread in list(self._threads):
+            task = thread.task
+            if task is not None and thread.interrupt(task, has_timed_out=False):
+                when = min(kill_at, time.monotonic() + task.options.grace)
+                self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
+
+    def _refuse(self, task: LocalTask, outcome: Outcome | None) -> None:
+        if task.has_slot:
+            self._slots.free()
+        if isinstance(task, LocalItem) and outcome is None and not task.job.cancelled:
+            from concurrent.futures import CancelledError
+
+            outcome = _as_failure(CancelledError())
+        if task.settle(outcome, 0.0):
+            self._counts["cancelled" if outcome is None else "failed"] += 1
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait until every thread that was not abandoned has ended."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            own = [thread for thread in self._threads if thread is not threading.current_thread()]
+            if not self._changed.wait_for(lambda: not self._threads.difference([threading.current_thread()]), timeout):
+                return False
+        for thread in own:
+            if thread.abandoned or thread.task is not None:
+                continue
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._alarms.close()
+        return True
+
+    def is_own_thread(self) -> bool:
+        """Whether this is one of the threads."""
+        return isinstance(threading.current_thread(), WorkerThread)
+
+    def stats(self) -> Stats:
+        """Count threads and tasks."""
+        with self._changed:
+            running = sum(thread.task is not None for thread in self._threads)
+            workers = len(self._threads)
+            queued = len(self._heap)
+        return Stats(workers=workers, idle=workers - running, running=running, queued=queued, **self._counts)
+
+
+class WorkerThread(threading.Thread):
+    """One thread: runs tasks until the sentinel, or until it is abandoned."""
+
+    def __init__(self, backend: ThreadBackend, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.task: LocalTask | None = None
+        self.interrupted = False  # the current task was asked to end
+        self.timed_out = False  # ... because it passed its limit
+        self.abandoned = False
+        self.stack: str | None = None
+        self._backend = backend
+        self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task
+
+    def run(self) -> None:
+        """Be the thread."""
+        setup = self._backend.setup
+        if setup.initializer is not None:
+            try:
+                setup.initializer(*setup.initargs)
+            except BaseException as error:
+                self._backend.initializer_failed(self, error)
+                return
+        while (task := self._backend.next_task(self)) is not None:
+            self._run(task)
+            del task
+
+    def _run(self, task: LocalTask) -> None:
+        began = time.monotonic()
+        outcome: Outcome | None = None
+        try:
+            try:
+                self._backend.started(self, task)
+                outcome = run_task(task)
+            finally:
+                with self._lock:  # from here on no interrupt is sent; one that was sent and not raised is taken back
+                    if self.interrupted:
+                        cancel_interrupt(self.ident or 0)
+        except TaskInterrupt:
+            outcome = None
+        if self.interrupted:  # also if the task swallowed it and went on to an end of its own
+            outcome = timed_out(task, self.stack) if self.timed_out else None
+        self._backend.ended(self, task, outcome, time.monotonic() - began)
+        self.interrupted = self.timed_out = False
+        self.task = None
+
+    def interrupt(self, task: LocalTask, *, has_timed_out: bool) -> bool:
+        """Ask the current task to end; return whether it is `task`, and was not asked before."""
+        with self._lock:
+            if self.task is not task or self.interrupted or self.ident is None:
+                return False
+            self.interrupted = True
+            self.timed_out = has_timed_out
+            self.stack = stack_of(self.ident)
+            interrupt_thread(self.ident)
+            return True
+
+
+def _initializer_error(cause: BaseException) -> InitializerError:
+    error = InitializerError(f"the initializer failed: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _failure(cause: BaseException) -> Outcome:
+    return _as_failure(_initializer_error(cause))
+
+
+def _as_failure(error: BaseException) -> Outcome:
+    from taskpool._task import Failure
+
+    return Failure(error)
