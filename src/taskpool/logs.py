@@ -177,15 +177,15 @@ class LogListener:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Record, str] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Record], str] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def put(self, record: Record, task: str) -> None:
-        """Queue one record of the task named `task`; the thread starts with the first."""
+    def put(self, load: Callable[[], Record], task: str) -> None:
+        """Queue one record of the task named `task`, to be loaded by the thread, which starts with the first."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._listen, name=f"{self._name}-logs", daemon=True)
             self._thread.start()
-        self._queue.put((record, task))
+        self._queue.put((load, task))
 
     def close(self, timeout: float | None) -> bool:
         """Send the sentinel and wait at most `timeout` seconds until everything before it is handled."""
@@ -196,9 +196,9 @@ class LogListener:
         return not self._thread.is_alive()
 
     def _listen(self) -> None:
-        for record, task in iter(self._queue.get, None):
+        for load, task in iter(self._queue.get, None):
             try:
-                _handle(record, task)
+                _handle(load(), task)
             except BaseException:  # a handler may raise anything; the next record is somebody else's
                 logging.getLogger("taskpool").exception("a worker's log record could not be handled")
 

@@ -47,6 +47,7 @@ from taskpool.logs import LogListener
 logger = logging.getLogger("taskpool")
 now = time.monotonic
 
+RUSH = 100e-6  # seconds between calls, below which they are better sent by the dispatcher together
 STACK_TIME = 0.25  # seconds in which a worker writes its stacks and ends by that
 LOST_TIME = 0.1  # ... without a channel may still take to end by itself
 END_TIME = 1.0  # ... answers the sentinel, or is gone after SIGKILL; then the slot is given up
@@ -108,6 +109,7 @@ class Dispatcher:
         self._worker_numbers = 0
         self._failed_starts = 0
         self._was_ready = False
+        self._submitted = 0.0  # when the last call came
         self._singling = 0  # ranges whose items are being pickled again, singly
         self._kill_at = math.inf
         self._wake_r, self._wake_w = os.pipe()
@@ -135,12 +137,22 @@ class Dispatcher:
     def submit(self, call: Call) -> None:
         """Accept a call: straight to an idle worker where nobody waits, to the queue otherwise. Never blocks."""
         try:
-            if not (call.is_small() and not self._inbox and not self._queue and self._hand_over(call)):
+            if not (self._may_hand_over(call) and self._hand_over(call)):
                 self._post(self._accept, call)
         except BaseException:
             # A signal handler raised between taking a worker and giving it back: have that worker found and replaced.
             self._post(self._find_lost_workers, None)
             raise
+
+    def _may_hand_over(self, call: Call) -> bool:
+        """Whether writing to an idle worker right here is best: nobody waits, and this is not one of a rush of calls.
+
+        The write lets go of the GIL, and coming back costs more than the dispatcher's own sending, many at a time.
+        """
+        before, self._submitted = self._submitted, now()
+        if self._inbox or self._queue or not call.is_small():
+            return False
+        return len(self._idle) == len(self._workers) or self._submitted - before > RUSH
 
     def _hand_over(self, call: Call) -> bool:
         try:

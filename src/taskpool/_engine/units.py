@@ -226,7 +226,7 @@ Source = Call | Piece
 def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
-        payload = wire.frozen(wire.dumps((fn, args, kwargs)))
+        payload = wire.frozen(wire.dumps_call(fn, args, kwargs))
     except Exception as cause:
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
         parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
@@ -238,7 +238,7 @@ def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options:
 def make_piece(job: MapJob, first: int, items: Sequence[Any]) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
     try:
-        payload = wire.frozen(wire.dumps((job.fn, items, job.star)))
+        payload = wire.frozen(wire.dumps_call(job.fn, items, job.star))
     except Exception as cause:
         if len(items) > 1:
             raise

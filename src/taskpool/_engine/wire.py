@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
+from taskpool._engine import functions
+
 Bytes = bytes | bytearray | memoryview
 
 OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
@@ -81,6 +83,24 @@ def dumps(value: object) -> Pickled:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
         return _dump_by_value(value)
     return _dump_by_value(value) if b"__main__" in pickled.stream else pickled  # type: ignore[operator]
+
+
+def dumps_call(fn: object, *rest: object) -> Pickled:
+    """Pickle a function with what belongs to a call of it; one of `__main__` is pickled by value only once.
+
+    Raises:
+        Exception: Whatever pickling raised; user code runs here.
+    """
+    kept = functions.by_value(fn)
+    if kept is None:
+        return dumps((fn, *rest))
+    try:
+        pickled = _dump((kept, *rest))
+    except Exception:
+        return _dump_by_value((fn, *rest))
+    if pickled.stream.count(b"__main__") > kept.mentions:  # type: ignore[union-attr]  # the arguments name it, too
+        return _dump_by_value((fn, *rest))
+    return pickled
 
 
 def loads(pickled: Pickled) -> Any:
