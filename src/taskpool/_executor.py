@@ -194,7 +194,7 @@ class Executor(Calls, _StandardExecutor):
             max_workers=check_count(max_workers, "max_workers") or default_workers(),
             mp_context=_check_context(mp_context),
             initializer=initializer,
-            initargs=tuple(initargs),
+            initargs=_check_initargs(initargs),
             preload=_check_preload(preload),
             max_tasks_per_child=check_count(max_tasks_per_child, "max_tasks_per_child"),
             max_pending=check_count(max_pending, "max_pending"),
@@ -370,6 +370,12 @@ def _check_name(name: object) -> str | None:
     if name is None or isinstance(name, str):
         return name
     raise TypeError(f"name must be text or None, not {name!r}")
+
+
+def _check_initargs(initargs: object) -> tuple[Any, ...]:
+    if isinstance(initargs, str | bytes) or not isinstance(initargs, Iterable):
+        raise TypeError(f"initargs must be a tuple of arguments, not {initargs!r}")
+    return tuple(initargs)
 
 
 def _check_preload(preload: object) -> tuple[str, ...]:

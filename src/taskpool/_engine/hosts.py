@@ -439,7 +439,15 @@ class FuturesHost(Host):
             self._ending.append(hosted)
 
     def _forget_ended(self) -> None:
-        self._ending = [hosted for hosted in self._ending if hosted[2] is not None and hosted[2].is_alive()]
+        living = []
+        for hosted in self._ending:
+            _executor, process, thread = hosted
+            if thread is not None and thread.is_alive():
+                living.append(hosted)
+            elif process is not None:
+                with contextlib.suppress(ValueError):  # its descriptors would wait for the garbage collector
+                    process.close()
+        self._ending = living
 
     def close(self) -> None:
         """Wait for the manager threads, all within one bound."""

@@ -1,0 +1,1 @@
+"""The tests that CPython has for its own executors."""

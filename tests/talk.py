@@ -1,0 +1,113 @@
+"""Tasks that log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from tests import tasks
+
+log = logging.getLogger("tests.talk")
+
+
+def say(text: str, *args: Any, level: int = logging.WARNING, **extra: Any) -> int:
+    """Log one record and return this process."""
+    log.log(level, text, *args, extra=extra)
+    return os.getpid()
+
+
+def say_many(tag: object, count: int) -> int:
+    """Log numbered records."""
+    for number in range(count):
+        log.info("%s %d", tag, number)
+    return os.getpid()
+
+
+def say_many_then(tag: object, count: int, call: Callable[..., Any], *args: Any) -> Any:
+    """Log numbered records and do something at once."""
+    say_many(tag, count)
+    return call(*args)
+
+
+def say_in_threads(threads: int, count: int) -> bytes:
+    """Log from several threads at the same time, and return much."""
+    talkers = [threading.Thread(target=say_many, args=(number, count)) for number in range(threads)]
+    for talker in talkers:
+        talker.start()
+    for talker in talkers:
+        talker.join()
+    return tasks.payload(1 << 20)
+
+
+def say_with_traceback() -> None:
+    """Log an exception."""
+    try:
+        raise tasks.TwoArguments(1, "odd")
+    except tasks.TwoArguments:
+        log.exception("it failed")
+
+
+class NoText:
+    """Has no text."""
+
+    def __str__(self) -> str:
+        """Refuse."""
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+def say_what_does_not_travel() -> str:
+    """Log records with odd parts, then a plain one."""
+    log.warning("lock", extra={"lock": threading.Lock(), "odd": NoText()})
+    log.warning("%s", NoText())
+    log.warning("%d items", "many")
+    log.warning("plain")
+    return "done"
+
+
+def say_in_fork() -> str:
+    """Fork; log in both processes."""
+    child = os.fork()
+    if child == 0:
+        log.warning("child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    log.warning("parent")
+    return "done"
+
+
+def warn() -> None:
+    """Issue a warning."""
+    warnings.warn("mind the gap", UserWarning, stacklevel=1)
+
+
+def say_structured(event: str, **fields: Any) -> int:
+    """Log through structlog."""
+    import structlog
+
+    structlog.get_logger("tests.talk").bind(bound="yes").warning(event, **fields)
+    return os.getpid()
+
+
+def say_structured_many_then(count: int, call: Callable[..., Any]) -> Any:
+    """Log numbered events through structlog and do something at once."""
+    import structlog
+
+    for number in range(count):
+        structlog.get_logger().info("event", number=number)
+    return call()
+
+
+def structured_failure() -> None:
+    """Log an exception through structlog."""
+    import structlog
+
+    try:
+        raise ValueError("odd")
+    except ValueError:
+        structlog.get_logger().exception("it failed")

@@ -1,0 +1,851 @@
+"""What the tests run in workers: plain functions, ways to hang, ways to die, and objects that resist the journey."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PATIENCE = 30.0
+
+
+# ---------------------------------------------------------------------------------------------- plain
+
+
+def identity(value: Any) -> Any:
+    """Return the argument."""
+    return value
+
+
+def square(number: int) -> int:
+    """Return the square of a number."""
+    return number * number
+
+
+def add(*numbers: int, **named: int) -> int:
+    """Return the sum of all arguments."""
+    return sum(numbers) + sum(named.values())
+
+
+def keywords(**named: Any) -> dict[str, Any]:
+    """Return the keyword arguments."""
+    return named
+
+
+def pid() -> int:
+    """Return the id of the process that runs the task."""
+    return os.getpid()
+
+
+def payload(size: int) -> bytes:
+    """Return `size` bytes that depend on their place, so that a wrong or shifted result shows."""
+    return (b"0123456789abcdefg" * (size // 17 + 1))[:size]
+
+
+def note(path: Path, text: object) -> object:
+    """Append a line in one atomic write, and return what was noted."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{text}\n".encode())
+    finally:
+        os.close(descriptor)
+    return text
+
+
+def await_file(path: Path) -> None:
+    """Wait until a file exists."""
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{path} never came")
+        time.sleep(0.002)
+
+
+def hold(started: Path, release: Path, value: Any = None) -> Any:
+    """Note this process's id, wait for a file, and return `value`."""
+    note(started, os.getpid())
+    await_file(release)
+    return value
+
+
+def note_then(path: Path, text: object, call: Callable[..., Any], *args: Any) -> Any:
+    """Note a line, then do something else."""
+    note(path, text)
+    return call(*args)
+
+
+def spin(seconds: float) -> None:
+    """Keep the processor busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def spin_and_answer(seconds: float, value: Any) -> Any:
+    """Keep busy, and return the value."""
+    spin(seconds)
+    return value
+
+
+def spin_and_return(path: Path, tag: object, seconds: float, size: int) -> bytes:
+    """Note a tag and the process, keep busy, and return `size` bytes."""
+    note(path, f"{tag} {os.getpid()}")
+    spin(seconds)
+    return payload(size)
+
+
+def hold_and_return(path: Path, tag: object, release: Path, size: int) -> bytes:
+    """Note a tag and the process, wait for a file, and return `size` bytes."""
+    note(path, f"{tag} {os.getpid()}")
+    await_file(release)
+    return payload(size)
+
+
+def spin_stubbornly(path: Path, tag: object, seconds: float, size: int) -> bytes:
+    """Do as `spin_and_return` does, and carry on when interrupted."""
+    end = time.perf_counter() + seconds
+    note(path, f"{tag} {os.getpid()}")
+    while (left := end - time.perf_counter()) > 0:
+        try:
+            spin(left)
+        except BaseException:
+            continue
+    return payload(size)
+
+
+def fail(kind: type[BaseException], *args: Any) -> NoReturn:
+    """Raise an exception."""
+    raise kind(*args)
+
+
+def fail_at(bad: Any, value: Any) -> Any:
+    """Return the value, or raise ValueError if it is the bad one."""
+    if value == bad:
+        raise ValueError(f"bad item {value}")
+    return value
+
+
+def make(kind: Callable[..., Any], *args: Any) -> Any:
+    """Build an object in the worker and return it."""
+    return kind(*args)
+
+
+def fresh_process(_: object = None) -> bool:
+    """Return whether this process had not run this function before."""
+    global _visited
+    fresh, _visited = not _visited, True
+    return fresh
+
+
+_visited = False
+
+
+def call(item: tuple[Callable[..., Any], Any]) -> Any:
+    """Call the first of a tuple with the rest."""
+    fn, *args = item
+    return fn(*args)
+
+
+def make_lambda() -> Callable[[int], int]:
+    """Return a function without a name."""
+    return lambda number: number + 1
+
+
+def make_closure(step: int) -> Callable[[int], int]:
+    """Return a function that no module can look up."""
+
+    def plus(number: int) -> int:
+        return number + step
+
+    return plus
+
+
+def pool_in_a_task() -> list[int]:
+    """Use the standard library's pool."""
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(square, range(3))
+
+
+def executor_in_a_task() -> list[int]:
+    """Use an executor of ours."""
+    import taskpool
+
+    with taskpool.Executor(2) as executor:
+        return list(executor.map(square, range(3)))
+
+
+def is_loaded(module: str) -> bool:
+    """Return whether a module is loaded here."""
+    return module in sys.modules
+
+
+def sleep_in_steps(seconds: float) -> None:
+    """Sleep in short steps, so that even a soft interruption comes through."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.005)
+
+
+# ---------------------------------------------------------------------------------------------- ways to hang
+
+
+def sleep_for_ever() -> None:
+    """Sleep in the interpreter."""
+    time.sleep(100_000)
+
+
+def spin_for_ever() -> None:
+    """Run bytecode without end."""
+    while True:
+        pass
+
+
+def swallow_everything() -> None:
+    """Catch each exception that comes and carry on."""
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(1000)
+
+
+def ignore_sigterm() -> None:
+    """Ignore the polite signals and each exception."""
+    for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(polite, signal.SIG_IGN)
+    swallow_everything()
+
+
+def ignore_all_signals() -> None:
+    """Ignore each signal that can be ignored, and each exception."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    swallow_everything()
+
+
+def block_signals() -> None:
+    """Block every signal that can be blocked, and hang."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    swallow_everything()
+
+
+def hold_the_gil() -> None:
+    """Wait in C for a lock that never comes, with the interpreter's lock held."""
+    library = ctypes.PyDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def sleep_with_the_gil() -> None:
+    """Sleep in C with the interpreter's lock held, again and again."""
+    library = ctypes.PyDLL(None)
+    while True:
+        library.usleep(900_000)
+
+
+def stop_itself() -> None:
+    """Stop this process as a debugger would."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(100_000)
+
+
+def hang_in_finally() -> None:
+    """Hang again while the first interruption unwinds."""
+    try:
+        time.sleep(100_000)
+    finally:
+        time.sleep(100_000)
+
+
+def clean_up_slowly(path: Path, seconds: float) -> None:
+    """Note the begin, hang, and take a while to note the end when interrupted."""
+    note(path, "begun")
+    try:
+        time.sleep(100_000)
+    finally:
+        time.sleep(seconds)
+        note(path, "cleaned up")
+
+
+def answer_the_interruption() -> str:
+    """Make a result out of the interruption."""
+    try:
+        time.sleep(100_000)
+    except BaseException:
+        return "too late"
+    return "never"
+
+
+class HangsAtLoad:
+    """Never finishes to unpickle in a worker."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle by hanging."""
+        return sleep_for_ever, ()
+
+
+class HangsAtDump:
+    """Never finishes to pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Hang."""
+        sleep_for_ever()
+        return object, ()
+
+
+def start_child_and_hang(path: Path) -> None:
+    """Start a program, note its id, and hang."""
+    note(path, subprocess.Popen(["sleep", "1000"]).pid)
+    sleep_for_ever()
+
+
+def fork_and_hang(path: Path) -> None:
+    """Fork a child that resists polite ends, note its id, and hang."""
+    note(path, fork_stubborn())
+    sleep_for_ever()
+
+
+def fork_group_and_hang(path: Path) -> None:
+    """Fork a child that leaves the process group but not the session, note its id, and hang."""
+    note(path, fork_stubborn(os.setpgrp))
+    sleep_for_ever()
+
+
+def fork_tree_and_hang(path: Path) -> None:
+    """Fork a child whose own child outlives it, note the orphan's id, and hang."""
+    if (child := os.fork()) == 0:
+        note(path, fork_stubborn())
+        os._exit(0)
+    os.waitpid(child, 0)
+    sleep_for_ever()
+
+
+def fork_stubborn(first: Callable[[], Any] = lambda: None) -> int:
+    """Fork a child that holds every descriptor it inherited and ignores SIGTERM; return its id."""
+    ready, ready_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        first()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(ready_end, b"!")
+        try:
+            time.sleep(PATIENCE * 4)
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(ready_end)
+    return child
+
+
+# ---------------------------------------------------------------------------------------------- ways to die
+
+
+def kill_itself() -> NoReturn:
+    """Die as if the kernel were out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def exit_quietly() -> NoReturn:
+    """Leave the process with code 0."""
+    os._exit(0)
+
+
+def exit_with(code: int) -> NoReturn:
+    """Leave the process with a code."""
+    os._exit(code)
+
+
+def exit_in_c() -> None:
+    """Leave the process from C, with its exit handlers."""
+    ctypes.CDLL(None).exit(0)
+
+
+def segfault() -> None:
+    """Read from address 0."""
+    faulthandler._sigsegv()  # type: ignore[attr-defined]
+
+
+def abort() -> NoReturn:
+    """Abort, as a failed assertion in C does."""
+    os.abort()
+
+
+def terminate_itself() -> None:
+    """Send SIGTERM to this process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+
+
+def close_everything() -> None:
+    """Close each descriptor but the standard ones, as daemonizing libraries do."""
+    os.closerange(3, 4096)
+
+
+def fork_and_die(path: Path) -> None:
+    """Leave a child that holds each inherited descriptor, and die."""
+    note(path, fork_stubborn())
+    kill_itself()
+
+
+def exec_program() -> None:
+    """Replace this process by another program that ends at once."""
+    os.execv("/bin/true", ["true"])
+
+
+def die_at(bad: Any, path: Path, value: Any) -> Any:
+    """Note the value and return it; die after the note if it is the bad one."""
+    note(path, value)
+    if value == bad:
+        kill_itself()
+    return value
+
+
+def hang_at(bad: Any, path: Path, value: Any) -> Any:
+    """Note the value and return it; hang after the note if it is the bad one."""
+    note(path, value)
+    if value == bad:
+        sleep_for_ever()
+    return value
+
+
+def die_later(seconds: float, size: int) -> bytes:
+    """Return `size` bytes from a process that will die in so many seconds, wherever it then is."""
+    threading.Thread(target=lambda: (time.sleep(seconds), kill_itself()), daemon=True).start()
+    return payload(size)
+
+
+def die_when(path: Path, value: Any) -> Any:
+    """Return the value from a process that will die when a file appears."""
+    threading.Thread(target=lambda: (await_file(path), kill_itself()), daemon=True).start()
+    return value
+
+
+def note_and_die_after_return(path: Path, pause: float, life: float, value: Any) -> Any:
+    """Note, pause, and return the value from a process that dies `life` seconds after that."""
+    note(path, os.getpid())
+    time.sleep(pause)
+    threading.Thread(target=lambda: (time.sleep(life), kill_itself()), daemon=True).start()
+    return value
+
+
+def die_in_mid_write(size: int) -> bytes:
+    """Return `size` bytes, and die when half of them have been written."""
+    real, written = os.write, 0
+
+    def write(descriptor: int, data: Any, *_: Any) -> int:
+        nonlocal written
+        if written > size // 2:
+            kill_itself()
+        whole = b"".join(data) if isinstance(data, list | tuple) else data
+        done = real(descriptor, memoryview(whole).cast("B")[: 1 << 15])
+        written += done
+        return done
+
+    _replace_everywhere({os.write: write, os.writev: write})
+    return payload(size)
+
+
+def _replace_everywhere(functions: dict[Callable[..., Any], Callable[..., Any]]) -> None:
+    for module in list(sys.modules.values()):
+        for old, new in functions.items():
+            if vars(module).get(old.__name__) is old:
+                setattr(module, old.__name__, new)
+
+
+def die_slowly_at(bad: Any, path: Path, value: Any) -> Any:
+    """Do as `die_at` does, in a time that no longer counts as quick."""
+    time.sleep(0.002)
+    return die_at(bad, path, value)
+
+
+def pid_after(seconds: float) -> int:
+    """Return the id of the process that ran the task, after a while, so that other workers get a share."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def kill_others(pids: list[int]) -> str:
+    """Kill each of the processes but this one, and then, perhaps, be killed."""
+    for other in pids:
+        if other != os.getpid():
+            try:
+                os.kill(other, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    return "survived"
+
+
+def fork_and_return(path: Path) -> str:
+    """Fork, and return in both processes."""
+    if child := os.fork():
+        note(path, child)
+        return "parent"
+    return "child"
+
+
+def exit_thread_left_behind() -> str:
+    """Return while a thread that never ends keeps running; it is not a daemon."""
+    threading.Thread(target=sleep_for_ever, daemon=False).start()
+    return "done"
+
+
+def leave_an_alarm(seconds: float) -> str:
+    """Return with a timer armed that would kill the process."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    return "done"
+
+
+def leave_a_mess() -> str:
+    """Return with signal handlers and mask changed."""
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    return "done"
+
+
+# ---------------------------------------------------------------------------------------------- exceptions
+
+
+class TwoArguments(Exception):
+    """Cannot be rebuilt from its `args`: two required arguments, one of them in the text."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class KeywordOnly(Exception):
+    """Cannot be rebuilt from its `args`: a required keyword."""
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+class Slotted(Exception):
+    """Keeps its state in a slot."""
+
+    __slots__ = ("detail",)
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, len(detail))
+        self.detail = detail
+
+
+class Falsy(Exception):
+    """Is false."""
+
+    def __bool__(self) -> bool:
+        """Say no."""
+        return False
+
+
+class Empty(Exception):
+    """Has no length."""
+
+    def __len__(self) -> int:
+        """Say nothing."""
+        return 0
+
+
+class CarriesLock(Exception):
+    """Cannot be pickled: it carries a lock."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class RaisesAtDump(Exception):
+    """Raises when it is pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse."""
+        raise RuntimeError("I stay here")
+
+
+class RaisesAtLoad(Exception):
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle by raising."""
+        return fail, (RuntimeError, "I never arrive")
+
+
+class NoText(Exception):
+    """Has neither text nor representation."""
+
+    def __str__(self) -> str:
+        """Refuse."""
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class UnpicklableNoText(NoText):
+    """Cannot be pickled and cannot be shown."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse."""
+        raise RuntimeError("I stay here")
+
+
+class DiesAtDump(Exception):
+    """Kills its process when it is pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Die."""
+        kill_itself()
+
+
+def fail_with_keyword() -> NoReturn:
+    """Raise an exception that takes a keyword."""
+    raise KeywordOnly(reason="why")
+
+
+def fail_locally() -> NoReturn:
+    """Raise an exception of a class that no module names."""
+
+    class Local(Exception):
+        pass
+
+    raise Local("from a function")
+
+
+def fail_with_cause() -> NoReturn:
+    """Raise from a cause that itself came from a cause."""
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError as first:
+            raise TwoArguments(2, "second") from first
+    except TwoArguments as second:
+        raise ValueError("third") from second
+
+
+def fail_with_context(suppress: bool) -> NoReturn:
+    """Raise while another exception is handled."""
+    try:
+        raise KeyError("first")
+    except KeyError:
+        if suppress:
+            raise ValueError("second") from None
+        raise ValueError("second")  # noqa: B904 - the implicit context is what is tested
+
+
+def fail_with_notes() -> NoReturn:
+    """Raise an exception with notes."""
+    error = ValueError("noted")
+    error.add_note("first note")
+    error.add_note("second note")
+    raise error
+
+
+def fail_in_a_circle() -> NoReturn:
+    """Raise an exception that is its own remote cause."""
+    first, second = ValueError("first"), KeyError("second")
+    first.__cause__, second.__cause__ = second, first
+    raise first
+
+
+def fail_with_group() -> NoReturn:
+    """Raise a group of exceptions that has a group in it."""
+    raise ExceptionGroup("outer", [TwoArguments(1, "a"), ExceptionGroup("inner", [ValueError("b"), KeyError("c")])])
+
+
+def fail_with_base_group() -> NoReturn:
+    """Raise a group that holds a KeyboardInterrupt."""
+    raise BaseExceptionGroup("outer", [KeyboardInterrupt("stop"), ValueError("b")])
+
+
+def fail_with_huge_text() -> NoReturn:
+    """Raise an exception of several megabytes."""
+    raise ValueError("x" * 5_000_000)
+
+
+# ---------------------------------------------------------------------------------------------- objects
+
+
+class Plain:
+    """An object that can be referenced weakly, and compared."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value."""
+        return isinstance(other, Plain) and other.value == self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class BadRepr:
+    """Cannot be pickled, and its representation recurses."""
+
+    def __repr__(self) -> str:
+        """Recurse without end."""
+        return repr(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse."""
+        raise TypeError("I stay here")
+
+
+class FailsAtLoad:
+    """Pickles, and raises when it is unpickled."""
+
+    def __init__(self, kind: type[BaseException] = ValueError) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle by raising."""
+        return fail, (self.kind, "I never arrive")
+
+
+class FailsAtDump:
+    """Raises when it is pickled."""
+
+    def __init__(self, kind: type[BaseException] = ValueError) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse."""
+        raise self.kind("I stay here")
+
+
+class DiesAtLoad:
+    """Kills the process that unpickles it, unless that is the one that made it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle by dying."""
+        return die_unless_in, (os.getpid(),)
+
+
+def die_unless_in(home: int) -> str:
+    """Die unless this is the process `home`."""
+    if os.getpid() != home:
+        kill_itself()
+    return "at home"
+
+
+class KillsAtDump:
+    """Kills the process that pickles it, unless that is the one that made it."""
+
+    def __init__(self, home: int | None = None) -> None:
+        self.home = home or os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Die away from home."""
+        die_unless_in(self.home)
+        return KillsAtDump, (self.home,)
+
+
+def die_at_dump() -> KillsAtDump:
+    """Return an object that kills this worker when it is pickled."""
+    return KillsAtDump(home=1)
+
+
+class LoadsWhen:
+    """Finishes to unpickle when a file appears."""
+
+    def __init__(self, started: Path, release: Path) -> None:
+        self.started = started
+        self.release = release
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle by waiting."""
+        return hold, (self.started, self.release, "late")
+
+
+class ExitsAtDel:
+    """Ends the process in which it is collected, unless that is the one that made it."""
+
+    def __init__(self) -> None:
+        self.home = os.getpid()
+
+    def __del__(self) -> None:
+        """Leave."""
+        if os.getpid() != self.home:
+            os._exit(7)
+
+
+class ExitsAtDelAwayFrom(ExitsAtDel):
+    """Ends the process in which it is collected, unless that is the given one."""
+
+    def __init__(self, home: int) -> None:
+        self.home = home
+
+
+def drop_what_raises_at_del() -> str:
+    """Drop an object that raises as it is dropped."""
+    RaisesAtDel()
+    return "dropped"
+
+
+def make_hostile_dump() -> FailsAtDump:
+    """Return an object that raises SystemExit when it is pickled."""
+    return FailsAtDump(SystemExit)
+
+
+class RaisesAtDel:
+    """Raises where it is collected."""
+
+    def __del__(self) -> None:
+        """Raise what nobody can catch."""
+        raise SystemExit("from __del__")
+
+
+def deep(levels: int = 50_000) -> list[Any]:
+    """Return a list in a list in a list."""
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def generator() -> Any:
+    """Return what can never be pickled."""
+    return (number for number in range(3))
+
+
+# ---------------------------------------------------------------------------------------------- references
+
+_watched: list[weakref.ref[Any]] = []
+
+
+def watch(value: Any) -> None:
+    """Remember an argument weakly."""
+    _watched[:] = [weakref.ref(value)]
+
+
+def watch_result() -> Plain:
+    """Return an object that is remembered weakly."""
+    value = Plain(1)
+    watch(value)
+    return value
+
+
+def watch_and_fail(value: Any) -> NoReturn:
+    """Remember an argument weakly, and raise with it in a local variable."""
+    watch(value)
+    local = value
+    raise ValueError(f"with {type(local).__name__}")
+
+
+def watched_is_gone() -> bool:
+    """Return whether the remembered object has been freed without the collector's help."""
+    return bool(_watched) and _watched[0]() is None
