@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import attrs
 
 from taskpool._executor import Executor
 from taskpool._options import check_count, default_workers

@@ -181,7 +181,7 @@ class Channel:
         keep_from_children({self.tasks, self.results, self.life, self.life_r, *self.worker_end.fds})
         if self.unread is not None:
             keep_from_children({self.unread})
-        self._alive = True
+        self.has_life = True  # whether the life pipe's writing end is open
         self._reader = wire.FrameReader()
         self._sending: list[memoryview] = []
         self.received = 0
@@ -275,13 +275,9 @@ class Channel:
 
     def end_life(self) -> None:
         """Close the writing end of the life pipe: the kernel kills the worker's process group."""
-        if self._alive:
-            self._alive = False
+        if self.has_life:
+            self.has_life = False
             close_kept(self.life)
-
-    def is_alive_open(self) -> bool:
-        """Whether the life pipe's writing end is still open."""
-        return self._alive
 
     def close(self) -> None:
         """Close everything of the parent's. The end of the life pipe kills what is left of the worker's group."""

@@ -87,12 +87,11 @@ class WorkerHandle:
         self.inflight.pop()
         return False
 
-    def give_large(self, unit: Unit) -> bool:
-        """Begin to send a unit of any size to an idle worker; True if all of it is sent."""
+    def begin_large(self, unit: Unit) -> None:
+        """Begin to send a unit of any size; the worker has nothing else."""
         self.since = time.monotonic()
         self.inflight.append(unit)
         self.channel.begin_large(unit.frame())
-        return self.channel.continue_large()
 
     def room_ahead(self, share: int) -> int:
         """How many more units may be sent to it now, at most `share` beyond the one that runs."""

@@ -23,7 +23,7 @@ from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
 
 if TYPE_CHECKING:
-    from taskpool._engine.dispatcher import Dispatcher
+    from taskpool._engine.crew import Crew
     from taskpool._engine.handle import WorkerHandle
 
 CLOSE_TIME = 1.0  # seconds that closing an engine may take before it is killed or left
@@ -42,9 +42,9 @@ class Host:
     exitcode_time = 0.02  # seconds that an exit code which is not known at once is waited for
     answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
 
-    def attach(self, dispatcher: Dispatcher) -> None:
+    def attach(self, crew: Crew) -> None:
         """Learn whom to tell about pids and exit codes."""
-        self._dispatcher = dispatcher
+        self._crew = crew
 
     def start(self, worker: WorkerHandle) -> None:
         """Begin to start a process for `worker`, and close the parent's copies of the worker's end.
@@ -111,7 +111,7 @@ class TemplateHost(Host):
             template = None
         if template is None:
             template = self._template = _TemplateProcess(self._preload)
-            self._dispatcher.watch(template.line.sock.fileno(), lambda: self._read(template))
+            self._crew.watch(template.line.sock.fileno(), lambda: self._read(template))
         return template
 
     def _read(self, template: _TemplateProcess) -> None:
@@ -133,12 +133,12 @@ class TemplateHost(Host):
         worker = self._starting.pop(number, None)
         if worker is not None and worker.hosted is not None:
             self._by_pid[pid] = worker
-            self._dispatcher.process_known(worker, pid)
+            self._crew.process_known(worker, pid)
 
     def _ended(self, pid: int, exitcode: int) -> None:
         worker = self._by_pid.get(pid)
         if worker is not None:
-            self._dispatcher.exitcode_known(worker, exitcode)
+            self._crew.exitcode_known(worker, exitcode)
         elif self._template is not None:
             with contextlib.suppress(OSError):  # it was given up before it said who it is
                 self._template.line.send((tpl.REAP, pid))
@@ -146,7 +146,7 @@ class TemplateHost(Host):
     def _failed(self, number: int, error: Exception) -> None:
         worker = self._starting.pop(number, None)
         if worker is not None:
-            self._dispatcher.start_failed(worker, error)
+            self._crew.start_failed(worker, error)
 
     def _preload_failed(self, module: str, text: str, trace: str) -> None:
         error = ImportError(f"preload={module!r} cannot be imported in a worker: {text}")
@@ -156,14 +156,14 @@ class TemplateHost(Host):
 
     def _drop(self, template: _TemplateProcess) -> None:
         """A template is gone, or fits no longer. Exit codes of its workers are lost; those that it did not start fail."""
-        self._dispatcher.unwatch(template.line.sock.fileno())
+        self._crew.unwatch(template.line.sock.fileno())
         template.close()
         if self._template is template:
             self._template = None
         lost = [(number, worker) for number, worker in self._starting.items() if worker.hosted is template]
         for number, worker in lost:
             del self._starting[number]
-            self._dispatcher.start_lost(worker)
+            self._crew.start_lost(worker)
 
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """The template tells, if it lives."""
@@ -322,7 +322,7 @@ class ProcessHost(Host):
         )
         _start_with(worker, process.start)
         worker.hosted = process
-        self._dispatcher.process_known(worker, process.pid)
+        self._crew.process_known(worker, process.pid)
 
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """Ask the process object, which reaps it."""
@@ -420,7 +420,7 @@ class FuturesHost(Host):
         process = next(iter((executor._processes or {}).values()), None)
         worker.hosted = executor, process, executor._executor_manager_thread  # type: ignore[attr-defined]
         if process is not None:
-            self._dispatcher.process_known(worker, process.pid)
+            self._crew.process_known(worker, process.pid)
 
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """Ask the process object."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from taskpool import logs
 from taskpool._engine import hosts, wire
-from taskpool._engine.dispatcher import SERVING, Dispatcher, Settings
+from taskpool._engine.crew import Settings
+from taskpool._engine.dispatcher import Dispatcher
 from taskpool._engine.units import Call, make_call, make_pieces, name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
@@ -110,8 +111,7 @@ class WorkersBackend(Backend):
 
     def stats(self) -> Stats:
         """Count workers and tasks."""
-        workers, queued = self._dispatcher.snapshot()
-        serving = [busy for state, busy in workers if state == SERVING]
+        serving, queued = self._dispatcher.snapshot()
         counts = self._dispatcher.counts
         return Stats(
             workers=len(serving),

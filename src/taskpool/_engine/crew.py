@@ -1,0 +1,380 @@
+"""The workers' lives: how they begin, wait for work, and end. On the dispatcher's thread, unless it says otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import attrs
+
+from taskpool._engine import stop
+from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
+from taskpool._engine.hosts import PENDING, Host
+from taskpool._engine.loop import Loop
+from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.units import Call, Source, Unit
+from taskpool._engine.verdicts import not_ready
+from taskpool._engine.wire import Pickled
+from taskpool.errors import WorkerCrashedError
+
+logger = logging.getLogger("taskpool")
+now = time.monotonic
+
+END_TIME = 1.0  # seconds in which a worker answers the sentinel, or is gone after SIGKILL
+LOST_TIME = 0.1  # ... in which one without a channel may still end by itself
+FAILED_STARTS = 3  # this many in a row, and no worker can be made ready
+
+
+@attrs.frozen
+class Settings:
+    """What does not change in an engine's life. Times in seconds."""
+
+    name: str
+    max_workers: int
+    setup: Pickled
+    has_initializer: bool = False
+    start_timeout: float | None = 60.0
+    max_tasks: int | None = None
+    idle_timeout: float | None = None
+
+
+@attrs.define
+class Counts:
+    """What happened so far. Written by the dispatcher only."""
+
+    finished: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    crashed: int = 0
+    started: int = 0
+    replaced: int = 0
+    rerun: int = 0
+
+
+class Hub(Protocol):
+    """What the crew needs of the dispatcher."""
+
+    is_open: bool
+
+    def read(self, worker: WorkerHandle) -> None:
+        """Take what the worker has written."""
+
+    def settle_left(self, worker: WorkerHandle, unit: Unit, item: int | None) -> None:
+        """Settle a unit that a dead worker had: `item` ran, or None if it had not started."""
+
+    def give_up(self, error: Callable[[], BaseException]) -> None:
+        """Fail all that waits and all that comes."""
+
+
+class Crew:
+    """All workers. One that is idle stands in `idle`, from where a submitting thread may take it (see WorkerHandle)."""
+
+    def __init__(self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts) -> None:
+        self.workers: set[WorkerHandle] = set()
+        self.idle: deque[WorkerHandle] = deque()
+        self._hub = hub
+        self._loop = loop
+        self._host = host
+        self._settings = settings
+        self._counts = counts
+        self._numbers = 0
+        self._failed_starts = 0
+        self._was_ready = False
+        host.attach(self)
+
+    # Begin
+
+    def start_for(self, waiting: Iterable[Source]) -> None:
+        """Start as many workers as there is room and work for."""
+        present = [worker for worker in self.workers if worker.state in (STARTING, SERVING, ENDING)]
+        starting = sum(worker.state == STARTING for worker in present)
+        room = self._settings.max_workers - len(present)
+        wanted = -starting
+        for source in waiting:
+            wanted += 1 if isinstance(source, Call) else source.left()
+            if wanted >= room:
+                break
+        for _ in range(min(room, wanted)):
+            self._start()
+
+    def _start(self) -> None:
+        self._numbers += 1
+        worker = None
+        try:
+            worker = WorkerHandle(self._numbers, now())
+            self._host.start(worker)
+        except Exception as error:
+            if worker is not None:
+                worker.channel.close()
+            self._start_failed(error)
+            return
+        self.workers.add(worker)
+        self._counts.started += 1
+        self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
+        self._loop.wake_by(self.start_due(worker))
+
+    def start_due(self, worker: WorkerHandle) -> float:
+        """When a starting worker must be ready, or at least have said who it is."""
+        timeout = self._settings.start_timeout
+        due = math.inf if timeout is None else worker.since + timeout
+        return due if worker.process is not None else min(due, worker.since + self._host.answer_time)
+
+    def process_known(self, worker: WorkerHandle, pid: int) -> None:
+        """Note which process a worker is; its end is watched from now on. Hosts and workers themselves tell."""
+        if worker.process is not None:
+            return
+        worker.process = stop.ProcessHandle(pid)
+        if worker.process.fd is not None:
+            self._loop.watch(worker.process.fd, lambda: self.process_ended(worker))
+        elif worker.process.ended:
+            self._loop.post(self.process_ended, worker)
+
+    def ready(self, worker: WorkerHandle) -> None:
+        """A worker can take tasks."""
+        self._failed_starts = 0
+        self._was_ready = True
+        if worker.state == STARTING:
+            worker.state = SERVING
+            self.make_idle(worker)
+
+    # Starts that fail
+
+    def not_ready(self, worker: WorkerHandle, error: EncodedError) -> None:
+        """A worker's initializer raised."""
+        self._start_failed(error)
+        self.expect_end(worker)
+
+    def start_failed(self, worker: WorkerHandle, error: Exception) -> None:
+        """A host could not start this worker's process."""
+        self._start_failed(error)
+        self.bury(worker)
+
+    def start_lost(self, worker: WorkerHandle) -> None:
+        """A host lost a start; the worker never came to be, through no fault of its own."""
+        if worker.process is None and worker.state == STARTING:
+            self.bury(worker)
+
+    def start_timed_out(self, worker: WorkerHandle) -> None:
+        """A worker is not ready in time."""
+        seconds = self._settings.start_timeout
+        if worker.process is None and (seconds is None or now() < worker.since + seconds):
+            self._host.start_unanswered(worker)
+        else:
+            what = "the initializer" if self._settings.has_initializer else "the start of a worker"
+            self._start_failed(TimeoutError(f"{what} did not finish within start_timeout={seconds:g} seconds"))
+        self.kill(worker)
+
+    def _died_before_ready(self, worker: WorkerHandle) -> None:
+        text = f"a worker ended before it was ready{self._host.hint(worker)}"
+        self._start_failed(WorkerCrashedError(text, pid=worker.pid))
+
+    def _start_failed(self, reason: BaseException | EncodedError) -> None:
+        """Count a start that failed; the first one, or three in a row, and all that waits fails with the reason.
+
+        A worker that simply died may have been killed from outside, so that alone is never enough the first time.
+        """
+        self._failed_starts += 1
+        died = isinstance(reason, WorkerCrashedError)
+        if self._failed_starts >= FAILED_STARTS or not (self._was_ready or died):
+            has_initializer = self._settings.has_initializer
+            self._hub.give_up(lambda: not_ready(reason, has_initializer=has_initializer))
+
+    # Wait for work
+
+    def make_idle(self, worker: WorkerHandle) -> None:
+        """Let a worker wait for work, or end if it has done its share."""
+        if self._settings.max_tasks is not None and worker.served >= self._settings.max_tasks:
+            worker.retiring = True
+            self.retire(worker)
+            return
+        worker.since = now()
+        worker.handed = False
+        self.idle.append(worker)
+        if self._settings.idle_timeout is not None:
+            self._loop.wake_by(worker.since + self._settings.idle_timeout)
+
+    def take_idle(self) -> WorkerHandle | None:
+        """Take a worker that waits, the one that has waited least."""
+        try:
+            worker = self.idle.pop()
+        except IndexError:
+            return None
+        worker.handed = True
+        return worker
+
+    def remove_from_idle(self, worker: WorkerHandle) -> bool:
+        """Take this worker, if it still waits; false if it does not or a submitting thread was faster."""
+        try:
+            self.idle.remove(worker)
+        except ValueError:
+            return False
+        worker.handed = True
+        return True
+
+    def take_returned(self, worker: WorkerHandle) -> None:
+        """A submitting thread gives back a worker unused."""
+        if worker.state == SERVING and not worker.inflight:
+            self.make_idle(worker)
+        else:
+            self.bury_if_dead(worker)
+
+    def bury_if_dead(self, worker: WorkerHandle) -> None:
+        """A submitting thread is done with a worker whose end was seen meanwhile."""
+        if worker.state == DYING and not worker.exitcode_due:
+            self.bury(worker)
+
+    def find_lost(self, _: None) -> None:
+        """Replace the worker that a thread took and, interrupted at the worst moment, never gave back.
+
+        It may find one that another thread is just handing a call: that call comes back when the worker has ended.
+        """
+        for worker in list(self.workers):
+            if worker.state == SERVING and not worker.handed and not worker.inflight and worker not in self.idle:
+                self.retire(worker)
+
+    # End
+
+    def retire(self, worker: WorkerHandle) -> None:
+        """Have a worker without tasks end: one sentinel, answered by its end, or else SIGKILL."""
+        self.expect_end(worker)
+        with contextlib.suppress(OSError):
+            worker.send_sentinel()
+
+    def retire_idle(self) -> None:
+        """Have every worker end that has nothing to do."""
+        for worker in list(self.workers):
+            if worker.state == SERVING and not worker.inflight and self.remove_from_idle(worker):
+                self.retire(worker)
+            elif worker.state == STARTING:
+                self.kill(worker)
+
+    def expect_end(self, worker: WorkerHandle) -> None:
+        """A worker shall end by itself, or by SIGKILL when its time is over."""
+        if worker.state in (STARTING, SERVING):
+            self.remove_from_idle(worker)
+            worker.state = ENDING
+            worker.end_by = now() + END_TIME
+            self._loop.wake_by(worker.end_by)
+
+    def kill(self, worker: WorkerHandle) -> None:
+        """End a worker's process group, whatever it does."""
+        self.expect_end(worker)
+        worker.end_by = now() + END_TIME
+        worker.channel.end_life()
+        if worker.process is not None:
+            worker.process.kill_group()
+            worker.process.kill()
+        self._loop.wake_by(worker.end_by)
+
+    def end_overdue(self, worker: WorkerHandle) -> None:
+        """A worker has not ended in time: kill it, or give up the slot if that was done."""
+        if worker.channel.has_life:
+            if worker.inflight and worker.stop is None:
+                worker.reason = "it closed its channel to the parent, and was ended for that"
+            self.kill(worker)
+        else:
+            logger.error("process %s does not end after SIGKILL; its slot is used by another", worker.pid)
+            self.bury(worker)
+
+    def channel_ended(self, worker: WorkerHandle) -> None:
+        """Nobody holds the other end of the channel: the process is ending, or must."""
+        self._loop.unwatch(worker.channel.results)
+        if worker.process is None:
+            self.process_ended(worker)  # it never said who it was
+        elif worker.state not in (DYING, GONE):
+            self.expect_end(worker)
+            worker.end_by = min(worker.end_by, now() + LOST_TIME)
+            self._loop.wake_by(worker.end_by)
+
+    def process_ended(self, worker: WorkerHandle) -> None:
+        """The process has ended: take what it wrote, then its exit code, then settle what it leaves."""
+        if worker.state in (DYING, GONE):
+            return
+        if worker.process is not None and worker.process.fd is not None:
+            self._loop.unwatch(worker.process.fd)
+        was_starting = worker.state == STARTING
+        self.remove_from_idle(worker)
+        worker.state = DYING
+        worker.since = now()
+        self._hub.read(worker)
+        if was_starting and worker.state == DYING:
+            self._died_before_ready(worker)
+        self._counts.replaced += self._hub.is_open and not worker.retiring
+        known = self._host.exitcode(worker)
+        worker.exitcode_due = known is PENDING
+        if not worker.exitcode_due:
+            worker.exitcode = known  # type: ignore[assignment]
+        if worker.exitcode_due or not worker.handed:
+            self._loop.wake_by(self.burial_due(worker))
+        else:
+            self.bury(worker)
+
+    def burial_due(self, worker: WorkerHandle) -> float:
+        """When a dead worker is buried at the latest.
+
+        A thread that interrupts its own `submit` at the worst moment never gives the worker back; one that is merely
+        slow does so within microseconds.
+        """
+        return worker.since + (self._host.exitcode_time if worker.handed else END_TIME)
+
+    def exitcode_known(self, worker: WorkerHandle, exitcode: int | None) -> None:
+        """A host learnt the exit code of a process that has ended."""
+        self.process_ended(worker)
+        worker.exitcode = exitcode
+        worker.exitcode_due = False
+        if worker.state == DYING and worker.handed:
+            self.bury(worker)
+
+    def bury(self, worker: WorkerHandle) -> None:
+        """Settle what a worker leaves, and free all that it held."""
+        if worker.state == GONE:
+            return
+        worker.state = GONE
+        if worker.exitcode_due:
+            late = self._host.exitcode(worker)
+            worker.exitcode = None if late is PENDING else late  # type: ignore[assignment]
+        self.workers.discard(worker)
+        self.remove_from_idle(worker)
+        self._settle(worker)
+        for fd in (worker.channel.results, worker.channel.tasks):
+            self._loop.unwatch(fd)
+        if worker.process is not None:
+            if worker.process.fd is not None:
+                self._loop.unwatch(worker.process.fd)
+            worker.process.kill_group()
+        worker.channel.close()
+        self._host.buried(worker)
+        if worker.process is not None:
+            worker.process.close()
+
+    def _settle(self, worker: WorkerHandle) -> None:
+        worker.channel.take_back()  # nobody will read it any more
+        unit_id, item, _started, _phase = worker.channel.page.current()
+        for unit in list(worker.inflight):
+            ran = unit.id == unit_id and unit.begun(item)
+            self._hub.settle_left(worker, unit, item if ran else None)
+        worker.inflight.clear()
+
+    def abandon(self) -> None:
+        """Kill and bury all, whatever happens: the engine has failed."""
+        for worker in list(self.workers):
+            with contextlib.suppress(Exception):
+                self.kill(worker)
+            with contextlib.suppress(Exception):
+                self.bury(worker)
+
+    # What hosts need
+
+    def watch(self, fd: int, callback: Callable[[], Any]) -> None:
+        """Have a host's callback called when `fd` is readable."""
+        self._loop.watch(fd, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """End a watch."""
+        self._loop.unwatch(fd)

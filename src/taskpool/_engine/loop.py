@@ -1,0 +1,109 @@
+"""The dispatcher's event loop: what it waits for, and how other threads reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from taskpool._engine.channel import close_kept, keep_from_children
+
+now = time.monotonic
+
+
+class Loop:
+    """Waits for descriptors, for the next deadline, and for calls from other threads; one thread turns it.
+
+    Args:
+        refuse: Called with each (function, argument) that comes after the end.
+    """
+
+    def __init__(self, refuse: Callable[[Callable[[Any], None], Any], None]) -> None:
+        self.wake_at = math.inf  # the next deadline (monotonic)
+        self._refuse = refuse
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._selector = selectors.DefaultSelector()
+        self._unwatched: set[int] = set()  # in this turn: what was reported for them no longer counts
+        self._asleep = self._closed = False
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        keep_from_children({self._wake_r, self._wake_w})
+        self.watch(self._wake_r, self._drain)
+
+    # From any thread
+
+    def post(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Have the loop's thread call `function(argument)`.
+
+        Safe in signal handlers and callbacks: it takes no lock and never blocks.
+        """
+        self._inbox.append((function, argument))
+        if self._closed:  # set before the inbox is emptied for the last time, so one of the two finds this
+            self._refuse_all()
+        elif self._asleep:
+            self._asleep = False
+            with contextlib.suppress(OSError):  # full: it wakes anyway; closed: it has ended
+                os.write(self._wake_w, b"\0")
+
+    def __len__(self) -> int:
+        """How many calls wait."""
+        return len(self._inbox)
+
+    # From the loop's own thread
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever `fd` is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def watch_writable(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever `fd` is writable."""
+        self._selector.register(fd, selectors.EVENT_WRITE, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """End a watch, if there is one."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(fd)
+            self._unwatched.add(fd)
+
+    def wake_by(self, due: float) -> None:
+        """Turn again at the monotonic time `due` at the latest."""
+        self.wake_at = min(self.wake_at, due)
+
+    def turn(self) -> None:
+        """Wait until something happens, and call what is to be called."""
+        self._unwatched.clear()
+        self._asleep = True
+        # Whoever posts looks at `_asleep` after the append; so either it is seen here or the pipe wakes us.
+        timeout = 0.0 if self._inbox else max(0.0, self.wake_at - now())
+        ready = self._selector.select(None if timeout == math.inf else timeout)
+        self._asleep = False
+        for key, _events in ready:
+            if key.fd not in self._unwatched:
+                key.data()
+        for _ in range(len(self._inbox)):
+            function, argument = self._inbox.popleft()
+            function(argument)
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self._wake_r, 4096)) == 4096:
+                pass
+
+    def close(self) -> None:
+        """End: what was posted and is not called yet is refused, and so is what comes later."""
+        self._closed = True
+        self._refuse_all()
+        self._selector.close()
+        for fd in (self._wake_r, self._wake_w):
+            close_kept(fd)
+
+    def _refuse_all(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._refuse(*self._inbox.popleft())

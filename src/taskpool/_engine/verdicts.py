@@ -1,0 +1,67 @@
+"""The errors with which the engine itself ends a task."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+
+from taskpool._engine import stop
+from taskpool._engine.handle import WorkerHandle
+from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.units import Unit
+from taskpool._task import Failure
+from taskpool.errors import InitializerError, TaskTimeoutError, WorkerCrashedError
+
+_FAULTS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+
+
+def crashed(worker: WorkerHandle, unit: Unit) -> Failure:
+    """The worker died while it ran this."""
+    reason = worker.reason or _describe(worker.exitcode)
+    return Failure(
+        WorkerCrashedError(
+            f"the worker (pid {worker.pid}) died while it ran task {unit.name}: {reason}",
+            exitcode=worker.exitcode,
+            signal=stop.signal_name(worker.exitcode),
+            pid=worker.pid,
+            stack=worker.channel.page.stack(),
+            task=unit.name,
+        )
+    )
+
+
+def _describe(exitcode: int | None) -> str:
+    name = stop.signal_name(exitcode)
+    if exitcode is None:
+        return "its exit code is not known"
+    if name == "SIGKILL":
+        return "killed by SIGKILL (by somebody, or by the kernel because memory ran out)"
+    if name in _FAULTS:
+        return f"{name} (a fault in C code)"
+    return f"killed by {name}" if name else f"it exited with code {exitcode}"
+
+
+def timed_out(worker: WorkerHandle, unit: Unit, stack: str | None) -> Failure:
+    """The task passed its limit and was stopped."""
+    limit = unit.options.task_timeout or 0.0
+    text = f"task {unit.name} ran longer than its task_timeout of {limit:g} seconds and was stopped"
+    text += f"; it was here:\n{stack}" if stack else ""
+    return Failure(TaskTimeoutError(text, seconds=limit, stack=stack, task=unit.name, pid=worker.pid))
+
+
+def cancelled() -> Failure:
+    """The task was cancelled."""
+    return Failure(CancelledError())
+
+
+def no_memory(unit: Unit) -> Failure:
+    """The parent has no memory for the result."""
+    return Failure(MemoryError(f"there is no memory for the result of task {unit.name}"))
+
+
+def not_ready(reason: BaseException | EncodedError, *, has_initializer: bool) -> InitializerError:
+    """No worker can be made ready. A new exception each time: one object on many futures would mix their tracebacks."""
+    cause = reason.decode()[1] if isinstance(reason, EncodedError) else reason
+    what = "the initializer failed" if has_initializer else "no worker can be started"
+    error = InitializerError(f"{what}: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
