@@ -13,7 +13,7 @@ bin = $(VENVS)/$(1)/bin
 
 .DELETE_ON_ERROR:
 .PRECIOUS: $(VENVS)/%/ready
-.PHONY: demo test core lint format types floors docs docs-serve build bench lock clean
+.PHONY: demo test core lint format types docs docs-serve build bench lock clean
 
 demo: $(VENVS)/demo/ready  ## run the main job: parse the standard library, whatever the tasks do
 	$(call bin,demo)/python examples/demo.py $(ARGS)

@@ -317,7 +317,7 @@ import taskpool
 from concurrent.futures import wait
 from tests import tasks
 
-class Interruption(Exception):
+class Interruption(KeyboardInterrupt):
     pass
 
 def interrupt(*_):

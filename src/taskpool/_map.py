@@ -126,7 +126,7 @@ class MapResults(Iterator[Any]):
         self._sized = hasattr(source, "__len__")
         self._read = 0  # items taken from the input
         self._next = 0  # the item that is due
-        self._values: Iterator[Any] = iter(())
+        self._values: list[Any] = []  # the rest of the group that is being handed out, the next one last
         self._input_error: BaseException | None = None
         self._exhausted = self._begun = self._closed = False
         self._feed()
@@ -151,7 +151,10 @@ class MapResults(Iterator[Any]):
             # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
             if room <= 0 or (window is not None and room < window // 2 and self._read > self._next):
                 return
-            size = min(size * 2, LARGEST_PIECE) if window is None else max(1, room // (2 * self._backend.workers))
+            if window is None:
+                size = min(max(size * 2, self._job.chunksize or 1), LARGEST_PIECE)
+            else:
+                size = self._job.chunksize or max(1, room // (2 * self._backend.workers))
             items = self._cut(min(size, room))
             if items:
                 self._backend.submit_items(self._job, self._read, items)
@@ -191,8 +194,8 @@ class MapResults(Iterator[Any]):
             Exception: The item's own error; what the map had started is stopped.
         """
         self._begun = True
-        for value in self._values:
-            return value
+        if self._values:
+            return self._values.pop()  # what was handed out is not kept
         if self._closed:
             raise StopIteration
         self._feed()
@@ -213,8 +216,8 @@ class MapResults(Iterator[Any]):
             self._close(stop=True)
             raise
         self._next += count
-        self._values = iter(values)
-        return next(self._values)
+        self._values = values[::-1]
+        return self._values.pop()
 
     def _end(self) -> None:
         self._closed = True
@@ -239,7 +242,7 @@ class MapResults(Iterator[Any]):
     def _close(self, *, stop: bool) -> None:
         if not self._closed:
             self._closed = True
-            self._values = iter(())
+            self._values = []
             self._job.cancel()
             self._backend.cancel_job(self._job, stop=stop)
 

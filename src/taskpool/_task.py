@@ -148,8 +148,10 @@ class TaskFuture(Future[T]):
             concurrent.futures.CancelledError: If the task was cancelled.
             Exception: The task's own exception, or a `TaskPoolError` that says what happened to it.
         """
-        self._wait(timeout)
-        self._decode()
+        if self._state != DONE or timeout is not None:
+            self._wait(timeout)
+        if self._outcome is not None:
+            self._decode()
         if self._exception is not None:
             try:
                 raise self._exception

@@ -15,7 +15,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def forward_from_worker(send: Send, worker: str, levels: dict[str, int]) -> None
     if "structlog" in sys.modules:
         _forward_structlog(sys.modules["structlog"], send, worker)
     else:
-        sys.meta_path.insert(0, _StructlogFinder(send, worker))
+        sys.meta_path.insert(0, _StructlogFinder(send, worker))  # type: ignore[arg-type]
 
 
 class ForwardHandler(logging.Handler):
@@ -88,8 +87,8 @@ def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
         return f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
 
 
-class _StructlogFinder(MetaPathFinder):
-    """Configures structlog in the worker at the moment a task imports it; a task that does not, does not pay for it."""
+class _StructlogFinder:
+    """A finder of the import system that configures structlog in the worker at the moment a task imports it; a task that does not, does not pay for it."""
 
     def __init__(self, send: Send, worker: str) -> None:
         self._send = send
@@ -101,7 +100,7 @@ class _StructlogFinder(MetaPathFinder):
         """Let the other finders find structlog, and configure it once it is loaded."""
         if fullname != "structlog":
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
         from importlib.util import find_spec
 
         spec = find_spec("structlog")

@@ -130,6 +130,7 @@ class Crew:
         if worker.process is not None:
             return
         worker.process = stop.ProcessHandle(pid)
+        self._host.pid_known(worker)
         if worker.process.fd is not None:
             self._loop.watch(worker.process.fd, lambda: self.process_ended(worker))
         elif worker.process.ended:

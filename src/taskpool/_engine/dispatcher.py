@@ -264,34 +264,46 @@ class Dispatcher:
                 break
         if self._queue:
             self._crew.start_for(self._queue)
-        if self._queue:
-            self._send_ahead()
+        if self._queue and self._settings.max_tasks is None:
+            for worker in list(self._crew.workers):
+                if worker.state == SERVING and worker.inflight:
+                    self._send_next(worker)
 
-    def _send_next(self, worker: WorkerHandle, *, ahead: bool = False) -> bool:
-        """Send the worker what is next in the queue; False if there is nothing (that fits)."""
-        unit = self._next_unit(worker, ahead=ahead)
-        if unit is None:
+    def _send_next(self, worker: WorkerHandle) -> bool:
+        """Send the worker as much as it should have of what is next in the queue; False if that is nothing."""
+        room = worker.room(-(-len(self._queue) // max(1, len(self._crew.workers))))
+        units: list[Unit] = []
+        while len(units) < room:
+            unit = self._next_unit(worker, only_small=bool(units or worker.inflight))
+            if unit is None:
+                break
+            units.append(unit)
+            if isinstance(unit, Range) or not unit.is_small():
+                break
+        if not units:
             return False
-        limit = unit.options.task_timeout
-        self._loop.wake_by(now() + min(PICK_UP, math.inf if limit is None else limit, AHEAD if ahead else math.inf))
-        try:
-            if unit.is_small():
-                if not worker.give(unit):
+        self._wake_for(units[0], ahead=len(units) > 1 or bool(worker.inflight))
+        with contextlib.suppress(OSError):  # it has just died; what is out with it comes back when its end is handled
+            if units[0].is_small():
+                for unit in worker.give_many(units):
                     self.requeue(unit)
-                    return False
             else:
-                worker.begin_large(unit)
+                worker.begin_large(units[0])
                 self._send_large(worker)
-        except OSError:  # it has just died; the unit is out with it and comes back when its end is handled
-            pass
-        return True
+        return bool(worker.inflight)
 
-    def _next_unit(self, worker: WorkerHandle, *, ahead: bool) -> Unit | None:
+    def _wake_for(self, unit: Unit, *, ahead: bool) -> None:
+        limit = unit.options.task_timeout
+        soonest = min(PICK_UP, math.inf if limit is None else limit, AHEAD if ahead else math.inf)
+        self._loop.wake_by(now() + soonest)
+
+    def _next_unit(self, worker: WorkerHandle, *, only_small: bool) -> Unit | None:
+        """Take the next unit off the queue; None if there is none, or it is large and only a small one fits."""
         most = None if self._settings.max_tasks is None else self._settings.max_tasks - worker.served
         while self._queue:
             source = self._queue.first()
             if isinstance(source, Call):
-                if ahead and not source.is_small():
+                if only_small and not source.is_small():
                     return None
                 self._queue.pop()
                 self._release_slot(source)
@@ -300,25 +312,14 @@ class Dispatcher:
                 self.counts.cancelled += 1
             elif source.job.cancelled or not source.todo:
                 self._queue.pop()
+            elif only_small and not source.is_small():
+                return None
             else:
                 unit = source.take(is_last=len(self._queue) == 1, workers=self._settings.max_workers, most=most)
                 if not source.todo:
                     self._queue.pop()
-                if ahead and not unit.is_small():
-                    self.requeue(unit)
-                    return None
                 return unit
         return None
-
-    def _send_ahead(self) -> None:
-        if self._settings.max_tasks is not None:
-            return
-        share = -(-len(self._queue) // max(1, len(self._crew.workers)))
-        for worker in list(self._crew.workers):
-            if worker.state == SERVING and worker.inflight:
-                for _ in range(worker.room_ahead(share)):
-                    if not self._send_next(worker, ahead=True):
-                        break
 
     def _send_large(self, worker: WorkerHandle) -> None:
         """Send what the pipe takes of a large frame, and the rest whenever it takes more."""
@@ -494,11 +495,18 @@ class Dispatcher:
             if worker.state == STARTING:
                 self._crew.kill(worker)
 
-    def _begin_close(self, cancel: bool) -> None:  # noqa: FBT001  (called through the inbox)
+    def _begin_close(self, cancel: bool) -> None:  # noqa: FBT001  (called through the loop)
         if self._phase == OPEN:
             self._phase = CLOSING
-        if cancel:
-            for source in self._queue.clear():
+        if not cancel:
+            return
+        self._feed()  # submitted just before, with workers free: these have as good as started
+        begun = sum(worker.state == STARTING for worker in self._crew.workers)
+        for source in self._queue.clear():
+            if begun and isinstance(source, Call):
+                begun -= 1  # a worker is being started for it
+                self._queue.append(source)
+            else:
                 self._refuse(source, None)
 
     def _begin_terminate(self, kill_at: float) -> None:

@@ -8,6 +8,7 @@ what must not be raised raw in the parent, is sent as text and becomes a `Remote
 
 from __future__ import annotations
 
+import copyreg
 import traceback
 from typing import Any, NamedTuple
 
@@ -125,6 +126,9 @@ def _same_args(back: BaseException, error: BaseException) -> bool:
 def _apart(error: BaseException) -> tuple[bytes, tuple[bytes, ...]] | None:
     """Pickle class, args and attributes, leaving out the attributes that cannot be pickled."""
     attributes = dict(getattr(error, "__dict__", {}))
+    for name in copyreg._slotnames(type(error)):  # type: ignore[attr-defined]  # what pickle itself asks
+        if hasattr(error, name):
+            attributes[name] = getattr(error, name)
     try:
         pickled = wire.dumps((type(error), error.args, attributes))
         _rebuild(*wire.loads(pickled))
@@ -207,7 +211,8 @@ def _restore(encoded: Encoded) -> BaseException | None:
 def _rebuild(cls: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
     error = cls.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(attributes)
+    for name, value in attributes.items():
+        BaseException.__setattr__(error, name, value)
     return error
 
 

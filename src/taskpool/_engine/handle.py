@@ -82,10 +82,20 @@ class WorkerHandle:
         if not self.inflight:
             self.since = time.monotonic()
         self.inflight.append(unit)
-        if self.channel.send_packet(b"".join(unit.frame())):
+        if self.channel.send_packet(unit.packet()):
             return True
         self.inflight.pop()
         return False
+
+    def give_many(self, units: list[Unit]) -> list[Unit]:
+        """Send units whose frames fit into a packet each; return those for which the pipe has no room."""
+        if not self.inflight:
+            self.since = time.monotonic()
+        self.inflight.extend(units)
+        sent = self.channel.send_packets([unit.packet() for unit in units])
+        for _ in range(len(units) - sent):
+            self.inflight.pop()
+        return units[sent:]
 
     def begin_large(self, unit: Unit) -> None:
         """Begin to send a unit of any size; the worker has nothing else."""
@@ -93,17 +103,22 @@ class WorkerHandle:
         self.inflight.append(unit)
         self.channel.begin_large(unit.frame())
 
-    def room_ahead(self, share: int) -> int:
-        """How many more units may be sent to it now, at most `share` beyond the one that runs."""
-        head = self.inflight[0] if self.inflight else None
-        if head is None or self.stop is not None or not self.channel.can_send_ahead or not head.is_small():
+    def room(self, share: int) -> int:
+        """How many small units may be sent to it now, so that it has at most `share`; at least one if it has none.
+
+        Several only if its tasks have been short of late: they can be taken back, but while they wait behind a long
+        one nobody else runs them.
+        """
+        waiting = len(self.inflight)
+        if self.stop is not None or not self.channel.can_send_ahead or self.seconds > SHORT:
+            return 0 if waiting else 1
+        if waiting and not self.inflight[0].is_small():
             return 0
-        if isinstance(head, Range):
-            return 2 - len(self.inflight)
-        if self.seconds > SHORT:
-            return 0
-        depth = int(AHEAD_SECONDS / max(self.seconds, 20e-6))
-        return min(depth, share, PACKETS - 4) - len(self.inflight) + 1
+        if waiting and isinstance(self.inflight[0], Range):
+            return 2 - waiting
+        depth = min(int(AHEAD_SECONDS / max(self.seconds, 20e-6)), share, PACKETS - 4)
+        # Filled up when half of it is done: one write for many, not one for each outcome.
+        return max(depth, 1) - waiting if waiting <= depth // 2 else 0
 
     def finished_one(self, seconds: float, now: float) -> None:
         """Note that the unit at the head is done."""

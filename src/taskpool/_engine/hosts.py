@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, Final
 
+from taskpool._engine import entry
 from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
 
@@ -39,12 +40,13 @@ PENDING: Final = _Pending()
 class Host:
     """Starts and ends processes. All methods are called by the dispatcher, and none blocks for long."""
 
-    exitcode_time = 0.02  # seconds that an exit code which is not known at once is waited for
+    exitcode_time = 0.25  # seconds that an exit code which is not known at once is waited for
     answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
 
     def attach(self, crew: Crew) -> None:
         """Learn whom to tell about pids and exit codes."""
         self._crew = crew
+        self._exit = _ExitCodes(crew)
 
     def start(self, worker: WorkerHandle) -> None:
         """Begin to start a process for `worker`, and close the parent's copies of the worker's end.
@@ -56,6 +58,9 @@ class Host:
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """A start did not answer within `answer_time`."""
+
+    def pid_known(self, worker: WorkerHandle) -> None:
+        """A worker said who it is."""
 
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """Return the exit code of a process that has ended; None if it cannot be known, PENDING if it will be told."""
@@ -80,7 +85,6 @@ class TemplateHost(Host):
     """Starts workers by a template process (`template.py`); one that has died is replaced, its workers live on."""
 
     def __init__(self, preload: tuple[str, ...] = ()) -> None:
-        self.exitcode_time = 0.25
         self._preload = list(preload)
         self._template: _TemplateProcess | None = None
         self._starting: dict[int, WorkerHandle] = {}
@@ -301,12 +305,6 @@ def _tracker_fd() -> list[int]:
 # Processes of multiprocessing
 
 
-def _process_main(end: WorkerEnd, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
-    from taskpool._engine import worker
-
-    worker.main(end, initializer, initargs)
-
-
 class ProcessHost(Host):
     """Starts each worker as one `multiprocessing.Process`."""
 
@@ -318,7 +316,7 @@ class ProcessHost(Host):
     def start(self, worker: WorkerHandle) -> None:
         """Start the process. The initializer goes as its argument, so that locks and queues pass by inheritance."""
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=_process_main, args=(worker.channel.worker_end, self._initializer, self._initargs)
+            target=entry.in_process, args=(worker.channel.worker_end, self._initializer, self._initargs)
         )
         _start_with(worker, process.start)
         worker.hosted = process
@@ -326,9 +324,7 @@ class ProcessHost(Host):
 
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """Ask the process object, which reaps it."""
-        code = None if worker.hosted is None else worker.hosted.exitcode
-        # The forkserver answers 255 for "I do not know".
-        return None if code == 255 and self._context.get_start_method() == "forkserver" else code
+        return self._exit.code(worker, worker.hosted)
 
     def hint(self, worker: WorkerHandle) -> str:
         """Add what is most often wrong under this start method."""
@@ -338,15 +334,51 @@ class ProcessHost(Host):
         """Reap it and free the process object."""
         process, worker.hosted = worker.hosted, None
         if process is not None:
+            self._exit.forget(process)
             process.join(CLOSE_TIME)
             with contextlib.suppress(ValueError):  # it does not end; multiprocessing keeps it
                 process.close()
 
 
-def _code(process: Any) -> int | None | _Pending:
-    """Return the exit code of a process that an engine's own thread may be reaping at this moment."""
-    code: int | None = process.exitcode
-    return PENDING if code is None else code
+class _ExitCodes:
+    """Asks process objects of multiprocessing for their exit code, and tells the crew what comes later.
+
+    Later: under forkserver the code comes over a pipe, the sentinel, behind the process's end; and an engine's own
+    thread may be reaping the process at this moment.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._watched: dict[Any, int] = {}
+
+    def code(self, worker: WorkerHandle, process: Any) -> int | None | _Pending:
+        """Return the exit code; None if there is nobody to ask, PENDING if it will be told."""
+        if process is None:
+            return None
+        code: int | None = process.exitcode
+        if code is None:
+            self._watch(worker, process)
+            return PENDING
+        # The forkserver answers 255 for "I do not know".
+        return None if code == 255 and type(process).__name__ == "ForkServerProcess" else code
+
+    def _watch(self, worker: WorkerHandle, process: Any) -> None:
+        if process not in self._watched:
+            fd = self._watched[process] = process.sentinel
+
+            def tell() -> None:
+                self._crew.unwatch(fd)
+                code = self.code(worker, process)
+                if not isinstance(code, _Pending):
+                    self._crew.exitcode_known(worker, code)
+
+            self._crew.watch(fd, tell)
+
+    def forget(self, process: Any) -> None:
+        """Watch a process no longer."""
+        fd = self._watched.pop(process, None)
+        if fd is not None:
+            self._crew.unwatch(fd)
 
 
 def guard_hint(context: BaseContext) -> str:
@@ -375,22 +407,6 @@ def _start_with(worker: WorkerHandle, start: Callable[[], object]) -> None:
 
 # ProcessPoolExecutor
 
-_kept_end: WorkerEnd | None = None
-_kept_initializer: tuple[Any, tuple[Any, ...]] = (None, ())
-
-
-def _keep(end: WorkerEnd, initializer: Any, initargs: tuple[Any, ...]) -> None:
-    global _kept_end, _kept_initializer
-    _kept_end, _kept_initializer = end, (initializer, initargs)
-
-
-def _hosted_by_executor() -> None:
-    from taskpool._engine import worker
-
-    assert _kept_end is not None
-    worker.main(_kept_end, *_kept_initializer)
-
-
 def _end(executor: Any) -> Callable[[Any], None]:
     def end(call: Any) -> None:
         # The worker answered the sentinel. Not if it died: then the executor ends by itself, and holds its lock here.
@@ -415,8 +431,8 @@ class FuturesHost(Host):
 
         self._forget_ended()
         arguments = (worker.channel.worker_end, self._initializer, self._initargs)
-        executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=_keep, initargs=arguments)
-        _start_with(worker, lambda: executor.submit(_hosted_by_executor).add_done_callback(_end(executor)))
+        executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=entry.keep, initargs=arguments)
+        _start_with(worker, lambda: executor.submit(entry.in_executor).add_done_callback(_end(executor)))
         process = next(iter((executor._processes or {}).values()), None)
         worker.hosted = executor, process, executor._executor_manager_thread  # type: ignore[attr-defined]
         if process is not None:
@@ -425,7 +441,7 @@ class FuturesHost(Host):
     def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
         """Ask the process object."""
         process = worker.hosted[1] if worker.hosted is not None else None
-        return None if process is None else _code(process)
+        return self._exit.code(worker, process)
 
     def hint(self, worker: WorkerHandle) -> str:
         """Add what is most often wrong under this start method."""
@@ -435,6 +451,7 @@ class FuturesHost(Host):
         """Let the executor end; keep it until its manager thread has."""
         hosted, worker.hosted = worker.hosted, None
         if hosted is not None:
+            self._exit.forget(hosted[1])
             hosted[0].shutdown(wait=False, cancel_futures=True)
             self._ending.append(hosted)
 
@@ -459,30 +476,6 @@ class FuturesHost(Host):
 
 
 # Pool
-
-
-def _open_door(door: socket.socket, initializer: Any, initargs: tuple[Any, ...]) -> None:
-    global _door, _kept_initializer
-    _door, _kept_initializer = door, (initializer, initargs)
-
-
-_door: socket.socket | None = None
-
-
-def _hosted_by_pool() -> None:
-    """Take the next channel that the parent has sent through the door, and be its worker, in place of a Pool's task.
-
-    The process ends with it, inside this call: there it holds none of the locks that a Pool's workers share.
-    """
-    from multiprocessing import process
-
-    from taskpool._engine import worker
-
-    assert _door is not None
-    _data, fds, _flags, _address = socket.recv_fds(_door, 1, tpl.MAX_FDS)
-    process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tasks may start processes
-    worker.main(WorkerEnd(*fds), *_kept_initializer)
-    os._exit(0)
 
 
 class PoolHost(Host):
@@ -519,8 +512,12 @@ class PoolHost(Host):
         """Ask the Pool's process object, if the Pool still had it when the pid became known."""
         if worker.hosted is None or worker.pid is None:
             return None
-        process = worker.hosted[0].process(worker.pid)
-        return None if process is None else _code(process)
+        return self._exit.code(worker, worker.hosted[0].process(worker.pid))
+
+    def pid_known(self, worker: WorkerHandle) -> None:
+        """Keep the Pool's process object before the Pool drops it."""
+        if worker.hosted is not None and worker.pid is not None:
+            worker.hosted[0].process(worker.pid)
 
     def hint(self, worker: WorkerHandle) -> str:
         """Add what is most often wrong under this start method."""
@@ -531,6 +528,7 @@ class PoolHost(Host):
         hosted, worker.hosted = worker.hosted, None
         if hosted is not None:
             pool, call = hosted
+            self._exit.forget(pool.drop_process(worker.pid))
             pool.forget(call)
             if pool is not self._pool and not pool.calls:
                 pool.end()
@@ -549,16 +547,16 @@ class _HostingPool:
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         keep_from_children({self._ours.fileno()})
         self._ours.setblocking(False)
-        self._processes: dict[int, Any] = {}
+        self._processes: dict[int | None, Any] = {}
         self.calls: set[Any] = set()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-            self._pool = context.Pool(size, _open_door, (self._theirs, initializer, initargs))
+            self._pool = context.Pool(size, entry.open_door, (self._theirs, initializer, initargs))
 
     def host(self, end: WorkerEnd) -> Any:
         """Have some process of the Pool take this worker's end; return the hosted call."""
         socket.send_fds(self._ours, [b"w"], list(end.fds))
-        call = self._pool.apply_async(_hosted_by_pool)
+        call = self._pool.apply_async(entry.in_pool)
         self.calls.add(call)
         return call
 
@@ -567,6 +565,10 @@ class _HostingPool:
         for process in list(self._pool._pool):  # type: ignore[attr-defined]
             self._processes.setdefault(process.pid, process)
         return self._processes.get(pid)
+
+    def drop_process(self, pid: int | None) -> Any:
+        """Forget a process object, and return it."""
+        return self._processes.pop(pid, None)
 
     def forget(self, call: Any) -> None:
         """Drop a hosted call from the Pool's table of unfinished ones."""

@@ -38,19 +38,20 @@ class Call:
         self.name = future.task_name
         self.has_slot = False  # whether it counts against max_pending
         self._payload = payload
-
-    @property
-    def priority(self) -> int:
-        """Higher leaves the queue first."""
-        return self.options.priority
+        self._small = _is_small(payload)
+        self.priority = options.priority
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
         return _frame(wire.CALL, self.id, self._payload)
 
+    def packet(self) -> bytes:
+        """Return the frame as one piece."""
+        return b"".join(_frame(wire.CALL, self.id, self._payload))
+
     def is_small(self) -> bool:
         """Whether the frame fits into one packet."""
-        return not self._payload.buffers and len(self._payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
+        return self._small
 
     def claim(self) -> bool:
         """Take it off the queue for a worker; False if it was cancelled."""
@@ -131,6 +132,10 @@ class Piece:
             self.todo[0] = end, stop
         return Range(self, start, end)
 
+    def is_small(self) -> bool:
+        """Whether a range of it fits into one packet."""
+        return _is_small(self.payload)
+
     def left(self) -> int:
         """How many items have not been given to a worker."""
         return sum(stop - start for start, stop in self.todo)
@@ -170,10 +175,13 @@ class Range:
         """Return the parts of the frame that brings it to a worker."""
         return _frame(wire.RANGE, self.id, self.piece.payload, self.next, self.stop - self.next)
 
+    def packet(self) -> bytes:
+        """Return the frame as one piece."""
+        return b"".join(self.frame())
+
     def is_small(self) -> bool:
         """Whether the frame fits into one packet."""
-        payload = self.piece.payload
-        return not payload.buffers and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
+        return self.piece.is_small()
 
     def claim(self) -> bool:
         """Take it off the queue for a worker; False if the map was cancelled."""
@@ -286,6 +294,10 @@ def _explain(part: str, value: object, cause: Exception) -> NotSendableError:
 def name_of(fn: Any) -> str:
     """Return a short name for a callable."""
     return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _is_small(payload: Pickled) -> bool:
+    return not payload.buffers and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
 
 
 def _frame(kind: int, unit: int, payload: Pickled, index: int = 0, count: int = 1) -> list[Bytes]:

@@ -120,14 +120,16 @@ def _dump_by_value(value: object) -> Pickled:
 
 
 def _dump(value: object) -> Pickled:
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, 5, buffer_callback=_refuse_large)
-    pickler.dispatch_table = _reducers()
     try:
-        pickler.dump(value)
+        stream = pickle.dumps(value, 5, buffer_callback=_refuse_large)
     except _LargeBuffer:
         return _dump_beside(value)
-    return Pickled(file.getvalue())
+    except Exception:
+        return _dump_beside(value)  # perhaps something that only multiprocessing's reducers can pickle
+    for module in _modules_with_reducers():
+        if module in stream:
+            return _dump_beside(value)
+    return Pickled(stream)
 
 
 def _dump_beside(value: object) -> Pickled:
@@ -177,16 +179,24 @@ def _extra_reducers() -> dict[Any, Any]:
 
 def _reducers() -> dict[Any, Any]:
     """Return all reducers as one plain dict: a ChainMap would cost a Python call for each object that is pickled."""
-    global _merged, _merged_from
+    return {**copyreg.dispatch_table, **_extra_reducers()}
+
+
+def _modules_with_reducers() -> tuple[bytes, ...]:
+    """Return the names of modules whose objects need multiprocessing's reducers, as they stand in a stream.
+
+    The quick attempt goes without them, since a pickler with a table of its own takes twice as long to make.
+    """
+    global _modules, _modules_from
     extra = _extra_reducers()
-    sizes = (len(extra), len(copyreg.dispatch_table))
-    if sizes != _merged_from:
-        _merged, _merged_from = {**copyreg.dispatch_table, **extra}, sizes
-    return _merged
+    if len(extra) != _modules_from:
+        names = {cls.__module__ for cls in extra} - {"builtins", "functools"}
+        _modules, _modules_from = tuple(name.encode() for name in sorted(names)), len(extra)
+    return _modules
 
 
-_merged: dict[Any, Any] = {}
-_merged_from = (-1, -1)
+_modules: tuple[bytes, ...] = ()
+_modules_from = -1
 
 
 def frozen(pickled: Pickled) -> Pickled:
@@ -213,25 +223,28 @@ def frame_head(
     return FRAME.pack(kind, len(sizes), unit, index, count, started, seconds) + struct.pack(f"<{len(sizes)}Q", *sizes)
 
 
-def parse_head(data: Bytes, kinds: frozenset[int]) -> tuple[tuple[Any, ...], tuple[int, ...], int] | None:
-    """Return (header fields, sizes of the parts, length of header and sizes), or None if `data` is too short for it.
+def parse_head(
+    data: Bytes, kinds: frozenset[int], position: int = 0
+) -> tuple[tuple[Any, ...], tuple[int, ...], int] | None:
+    """Return (header fields, sizes of the parts, where the parts begin), or None if `data` is too short for that.
 
     Raises:
-        BadFrameError: If this is not the beginning of a frame of one of these `kinds`.
+        BadFrameError: If what stands at `position` is not the beginning of a frame of one of these `kinds`.
     """
-    if len(data) < FRAME.size:
+    begin = position + FRAME.size
+    if len(data) < begin:
         return None
-    fields = FRAME.unpack_from(data)
-    parts = fields[1]
+    fields = FRAME.unpack_from(data, position)
     if fields[0] not in kinds:
         raise BadFrameError(f"unknown frame kind {fields[0]}")
-    end = FRAME.size + SIZE.size * parts
+    parts = fields[1]
+    end = begin + SIZE.size * parts
     if len(data) < end:
         return None
     if parts == 1:
-        sizes = SIZE.unpack_from(data, FRAME.size)
+        sizes = SIZE.unpack_from(data, begin)
     else:
-        sizes = struct.unpack_from(f"<{parts}Q", data, FRAME.size)
+        sizes = struct.unpack_from(f"<{parts}Q", data, begin)
     if sizes and max(sizes) > MAX_PART:
         raise BadFrameError(f"a part of {max(sizes)} bytes")
     return fields, sizes, end
@@ -289,21 +302,17 @@ class FrameReader:
             data = self._pending + data
             self._pending = b""
         frames: list[Frame] = []
-        view = memoryview(data)
         position = 0
-        while True:
-            head = parse_head(view[position:], WORKER_TO_PARENT)
-            if head is None:
-                break
-            fields, sizes, length = head
-            begin, body = position + length, sum(sizes)
-            if begin + body > len(data):
-                if body > OUT_OF_BAND:
-                    self._begin_large(fields, sizes, body, view[begin:])
+        while (head := parse_head(data, WORKER_TO_PARENT, position)) is not None:
+            fields, sizes, begin = head
+            end = begin + sum(sizes)
+            if end > len(data):
+                if end - begin > OUT_OF_BAND:
+                    self._begin_large(fields, sizes, end - begin, memoryview(data)[begin:])
                     return frames
                 break
-            frames.append(make_frame(fields, sizes, data[begin : begin + body]))  # a copy: it may outlive its neighbours
-            position = begin + body
+            frames.append(make_frame(fields, sizes, data[begin:end]))  # a copy: it may outlive its neighbours
+            position = end
         self._pending = data[position:]
         return frames
 

@@ -134,6 +134,10 @@ class Worker:
             if initializer is not None:
                 initializer(*initargs)
         except BaseException as error:
+            import logging
+
+            # As the standard library's workers do, in the same words.
+            logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
             self._report(wire.NOT_READY, frame, exceptions.encode(error, frames_of_ours=1))
             self._finished = True
         else:
