@@ -39,7 +39,7 @@ def enter(state: str, path: Path | str) -> object:
 def expect(path: Path | str, count: int, timeout: float = 20) -> None:
     """Return once the file has `count` lines."""
     deadline = time.monotonic() + timeout
-    while not Path(path).exists() or Path(path).read_text().count("\n") < count:
+    while count and (not Path(path).exists() or Path(path).read_text().count("\n") < count):
         if time.monotonic() > deadline:
             raise RuntimeError(f"fewer than {count} lines in {path} after {timeout} s")
         time.sleep(0.002)
@@ -116,11 +116,10 @@ def wall_clock() -> float:
 # ---------------------------------------------------------------------------------------------- items of a map
 
 
-def wait_turn(folder: Path, number: int) -> int:
-    """End after all higher numbers, and leave a file of that name."""
-    if number < 3:
-        tasks.await_file(folder / str(number + 1))
-    (folder / str(number)).touch()
+def wait_turn(path: Path, count: int, number: int) -> int:
+    """End after all higher numbers, and note it."""
+    expect(path, count - 1 - number)
+    tasks.note(path, number)
     return number
 
 

@@ -62,6 +62,12 @@ def note(path: Path, text: object) -> object:
     return text
 
 
+def note_slowly(path: Path, text: object) -> object:
+    """Do as `note` does, in a time that no longer counts as quick: a map then writes each outcome at once."""
+    time.sleep(0.002)
+    return note(path, text)
+
+
 def await_file(path: Path) -> None:
     """Wait until a file exists."""
     deadline = time.monotonic() + PATIENCE
@@ -414,8 +420,8 @@ def die_at(bad: Any, path: Path, value: Any) -> Any:
 
 
 def hang_at(bad: Any, path: Path, value: Any) -> Any:
-    """Note the value and return it; hang after the note if it is the bad one."""
-    note(path, value)
+    """Note the value, slowly, and return it; hang after the note if it is the bad one."""
+    note_slowly(path, value)
     if value == bad:
         sleep_for_ever()
     return value
@@ -466,7 +472,7 @@ def _replace_everywhere(functions: dict[Callable[..., Any], Callable[..., Any]])
 
 
 def die_slowly_at(bad: Any, path: Path, value: Any) -> Any:
-    """Do as `die_at` does, in a time that no longer counts as quick."""
+    """Do as `die_at` does, in a time that no longer counts as quick: a map then writes each outcome at once."""
     time.sleep(0.002)
     return die_at(bad, path, value)
 

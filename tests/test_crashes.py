@@ -333,6 +333,24 @@ def test_a_death_in_a_chunk_costs_one_item(pool: Pool, tmp_path: Path, chunksize
 
 
 @on_hosts
+def test_quick_items_that_run_twice_are_counted(pool: Pool, tmp_path: Path) -> None:
+    """Only items of microseconds, right before the death, whose results were not written yet; never the fatal one."""
+    notes = tmp_path / "notes"
+    executor = pool(1)
+    results = executor.map(tasks.die_at, [60] * 100, [notes] * 100, range(100), chunksize=100)
+    wait_until(lambda: lines(notes)[-1:] == ["99"])
+    assert [next(results) for _ in range(60)] == list(range(60))
+    with pytest.raises(taskpool.WorkerCrashedError):
+        next(results)
+    counts = Counter(map(int, lines(notes)))
+    assert set(counts) == set(range(100))
+    assert counts[60] == 1
+    twice = [number for number, count in counts.items() if count == 2]
+    assert twice == list(range(60 - len(twice), 60))
+    assert counts.total() == 100 + len(twice) == 100 + executor.stats().rerun
+
+
+@on_hosts
 def test_with_a_chunksize_of_1_no_item_runs_twice(pool: Pool, tmp_path: Path) -> None:
     """However fast the items are."""
     notes = tmp_path / "notes"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
 import pickle
 import pkgutil
 import subprocess
@@ -21,24 +20,28 @@ import pytest
 import taskpool
 from taskpool import errors
 from tests import states
-from tests.helpers import ROOT, Backend, on_hosts, run_script
+from tests.helpers import EVERY_HOST, ROOT, TEMPLATE, Backend, on_hosts, run_script
+from tests.scripts import run_main
 
 Make = Callable[..., taskpool.Executor]
 
 THIRD_PARTY = {"attr", "attrs", "structlog", "tenacity", "cloudpickle", "rich", "psutil", "numpy"}
 NAMES = {
     "CallTimeoutError",
+    "Capabilities",
     "Executor",
     "ForkedExecutorError",
     "InitializerError",
     "NotSendableError",
     "QueueFullError",
     "RemoteError",
+    "Stats",
     "TaskFuture",
     "TaskPoolError",
     "TaskTimeoutError",
     "UnpickleError",
     "UnsupportedError",
+    "View",
     "WorkerCrashedError",
     "map",
 }
@@ -46,10 +49,10 @@ NAMES = {
 
 def loaded_by(statement: str) -> set[str]:
     """Return the modules that a statement loads into a fresh interpreter."""
-    code = f"import sys, json; before = set(sys.modules); {statement}; print(json.dumps(sorted(set(sys.modules) - before)))"
-    done = run_script("", command=("-I", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"))
+    path = f"import sys; sys.path[:] = {sys.path!r}; before = set(sys.modules)"
+    done = run_script("", command=("-I", "-c", f"{path}\n{statement}\nprint(*set(sys.modules) - before)"))
     assert done.code == 0, done
-    return set(json.loads(done.out))
+    return set(done.out.split())
 
 
 # ---------------------------------------------------------------------------------------------- what is loaded
@@ -58,7 +61,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.core
 def test_importing_the_package_loads_next_to_nothing() -> None:
     """The face is lazy: what is behind a name is loaded when the name is used."""
-    assert loaded_by("import taskpool") <= {"taskpool", "__future__"}
+    assert loaded_by("import taskpool") <= {"taskpool", "__future__"} | loaded_by("import typing")
 
 
 def test_a_name_loads_what_it_needs() -> None:
@@ -78,38 +81,42 @@ def test_a_bare_worker_side_is_the_standard_library() -> None:
     assert not strange
 
 
+FRESH = [each for each in EVERY_HOST if each.start != "fork"]  # a forked process has all that its parent has
+BARE = """
+print(executor(1).submit(eval, "' '.join(__import__('sys').modules)").result())
+"""
+
+
 @pytest.mark.core
-@on_hosts
-def test_a_bare_worker_has_the_standard_library_alone(backend: Backend, pool: Make) -> None:
+@pytest.mark.parametrize("backend", FRESH, ids=str)
+def test_a_bare_worker_has_the_standard_library_alone(backend: Backend, tmp_path: Path) -> None:
     """A worker that ran a plain task has loaded nothing of another distribution, nor of the parent's side."""
-    if backend.start == "fork":
-        pytest.skip("a forked process has all that its parent has")
-    loaded = set(pool(1).submit(eval, "sorted(__import__('sys').modules)").result(20))
+    loaded = set(run_main(BARE, backend, tmp_path).out.split())
     assert "taskpool._engine.worker" in loaded
     assert not {name.partition(".")[0] for name in loaded} & THIRD_PARTY
-    parents = {"taskpool._executor", "taskpool._default", "taskpool._engine.dispatcher", "taskpool._task"}
-    assert not loaded & parents
+    assert not loaded & {"taskpool._executor", "taskpool._default", "taskpool._engine.dispatcher", "taskpool._task"}
 
 
-def test_the_bare_template_in_a_script() -> None:
-    """The same in a program that has nothing but taskpool: `sys.modules` of the worker, by importtime's own account."""
-    source = """
-import taskpool
-with taskpool.Executor(1) as pool:
-    print(pool.submit(eval, "sorted(__import__('sys').modules)").result(20))
+EACH_FIRST = """
+import importlib
+for name in args:
+    child = os.fork()
+    if child == 0:
+        for other in [each for each in sys.modules if each.partition(".")[0] == "taskpool"]:
+            del sys.modules[other]
+        importlib.import_module(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
 """
-    loaded = set(eval(run_script(source).out))  # noqa: S307 - our own output
-    roots = {name.partition(".")[0] for name in loaded}
-    assert not roots & THIRD_PARTY
-    assert {name for name in roots - sys.stdlib_module_names if name.isidentifier()} <= {"taskpool", "__mp_main__"}
 
 
-def test_a_module_of_each_floor_can_be_imported_first() -> None:
+def test_a_module_of_each_floor_can_be_imported_first(tmp_path: Path) -> None:
     """No module needs another to have been imported before it."""
     names = [name for _, name, _ in pkgutil.walk_packages(taskpool.__path__, "taskpool.")]
     assert len(names) > 8
-    for name in names:
-        assert name in loaded_by(f"import {name}")
+    ended = run_main(EACH_FIRST, TEMPLATE, tmp_path, *names)
+    assert (ended.code, ended.out) == (0, ""), ended
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -119,11 +126,13 @@ def test_a_module_of_each_floor_can_be_imported_first() -> None:
 def test_all_is_exact() -> None:
     """`__all__` and `dir` name what there is."""
     assert set(taskpool.__all__) - {"__version__"} == NAMES
-    assert list(taskpool.__all__) == sorted(taskpool.__all__)
+    assert len(set(taskpool.__all__)) == len(taskpool.__all__)
     assert set(taskpool.__all__) <= set(dir(taskpool))
     assert all(getattr(taskpool, name) is not None for name in taskpool.__all__)
-    shown = {name for name in vars(taskpool) if not name.startswith("_")} - set(taskpool.__all__)
-    assert all(inspect.ismodule(getattr(taskpool, name)) or name == "annotations" for name in shown), shown
+    ours = {
+        name for name, value in vars(taskpool).items() if str(getattr(value, "__module__", "")).startswith("taskpool")
+    }
+    assert {name for name in ours if not name.startswith("_")} <= set(taskpool.__all__)
 
 
 def test_unknown_names() -> None:
@@ -154,13 +163,15 @@ def public() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(public()))
 def test_docstrings(name: str) -> None:
-    """Everything public says what it is."""
+    """Everything public says what it is; the fields of a record are explained by the record."""
     value = public()[name]
-    if isinstance(value, str | int | float | tuple | None):
-        pytest.skip("plain data")
+    if inspect.ismemberdescriptor(value) or not hasattr(value, "__doc__") or isinstance(value, str | int | float):
+        owner, _, field = name.partition(".")
+        assert field in (getattr(taskpool, owner).__doc__ or "")
+        return
     text = inspect.getdoc(value) or ""
     assert text.strip(), name
-    assert text.splitlines()[0].rstrip().endswith((".", ":", "`", ")")), text.splitlines()[0]
+    assert text.splitlines()[0].rstrip().endswith((".", ":")), text.splitlines()[0]
 
 
 def test_it_is_what_it_says() -> None:

@@ -7,6 +7,7 @@ idle worker - each future is resolved once, each innocent task is right, and no 
 
 from __future__ import annotations
 
+import sys
 import contextlib
 import os
 import signal
@@ -180,7 +181,10 @@ def test_limits_that_pass_at_the_end(pool: Pool, backend: Backend, tmp_path: Pat
         if number % 8 == 7:
             outcome(account.futures[f"behind{number}"][0])
     ends = account.settle(taskpool.TaskTimeoutError)
-    assert ends["stopped"] > 0
+    # CPython 3.13.0 runs no Python signal handler in a spinning process that was forked from a thread, so there a task
+    # that would yield is never asked, and ends by itself before it is killed.
+    never_asked = sys.version_info[:3] == (3, 13, 0) and backend.start == "fork" and not stubborn
+    assert ends["stopped"] > 0 or never_asked
     assert ends["finished"] > 0
 
 

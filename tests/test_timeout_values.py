@@ -16,7 +16,7 @@ import pytest
 
 import taskpool
 from tests import states, tasks
-from tests.helpers import Backend, at_most, bounded, lines, on_all, on_hosts, on_pools, outcome
+from tests.helpers import FULL, Backend, at_most, bounded, lines, on_all, on_hosts, on_pools, outcome
 from tests.scripts import run_main
 
 pytestmark = pytest.mark.usefixtures("shared")
@@ -32,7 +32,7 @@ class Seconds:
 
     def __float__(self) -> float:
         """Return it."""
-        return self.value
+        return float(self.value)
 
     def __repr__(self) -> str:
         """Return it as text."""
@@ -42,6 +42,7 @@ class Seconds:
 DAYS_25 = 25 * 86_400.0  # more milliseconds than fit into 31 bits
 LARGE = [DAYS_25, 1e10, 1e300, 10**400, math.inf]
 AT_ONCE = [0, 0.0, -1, -math.inf, 1e-9, 5e-324]
+SOME_AT_ONCE = AT_ONCE if FULL else [0, -1, 1e-9]
 NOT_A_TIME = ["1", b"1", "", True, False, [1], (), object(), 1j, time.sleep]
 NOT_A_NUMBER = [math.nan, -math.nan, Seconds(math.nan), Decimal("nan")]
 
@@ -92,9 +93,9 @@ def test_limits_must_be_positive(pool: Make, place: str, value: object) -> None:
     assert PLACES[place][1] in str(error)
 
 
-@pytest.mark.parametrize("place", ["Executor(grace)", "options(grace)", "Executor(start_timeout)"])
+@pytest.mark.parametrize("place", ["Executor(grace)", "options(grace)"])
 def test_where_a_bound_is_needed(pool: Make, place: str) -> None:
-    """No bound at all is no choice for these."""
+    """No bound at all is no choice for the time to clean up."""
     assert PLACES[place][1] in str(refusal(place, pool, None))
 
 
@@ -158,7 +159,7 @@ def test_a_large_grace_waits_for_the_clean_up(pool: Make, tmp_path: Path, value:
     assert lines(tmp_path / "notes") == ["cleaned up"]
 
 
-@pytest.mark.parametrize("value", [3, Fraction(3, 2), Decimal("1.5"), Seconds(2)], ids=repr)
+@pytest.mark.parametrize("value", [1, Fraction(3, 4), Decimal("0.5"), Seconds(1)], ids=repr)
 def test_numbers_of_any_kind(pool: Make, value: Any) -> None:
     """What converts to a float is a time."""
     executor = pool(1, task_timeout=value, grace=value, submit_timeout=value, max_pending=4)
@@ -199,7 +200,7 @@ def test_no_time_to_wait(hung: tuple[taskpool.Executor, Future[Any]], value: flo
     assert future.done()
 
 
-@pytest.mark.parametrize("value", AT_ONCE, ids=str)
+@pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_for_a_map(pool: Make, tmp_path: Path, value: float) -> None:
     """A map without time gives up at once and stops what it began."""
     executor = pool(1)
@@ -209,7 +210,7 @@ def test_no_time_for_a_map(pool: Make, tmp_path: Path, value: float) -> None:
     assert outcome(executor.submit(abs, -2), 5) == 2
 
 
-@pytest.mark.parametrize("value", AT_ONCE, ids=str)
+@pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_for_the_shared_map(tmp_path: Path, value: float) -> None:
     """The same on the shared executor."""
     with at_most(4), pytest.raises(taskpool.CallTimeoutError):
@@ -217,7 +218,7 @@ def test_no_time_for_the_shared_map(tmp_path: Path, value: float) -> None:
 
 
 @on_hosts
-@pytest.mark.parametrize("value", AT_ONCE, ids=str)
+@pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_for_terminate(pool: Make, tmp_path: Path, value: float) -> None:
     """`terminate` without time still stops everything; it only does not watch."""
     executor = pool(1)
@@ -230,7 +231,7 @@ def test_no_time_for_terminate(pool: Make, tmp_path: Path, value: float) -> None
 
 
 @on_hosts
-@pytest.mark.parametrize("value", AT_ONCE, ids=str)
+@pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_to_clean_up(pool: Make, value: float) -> None:
     """Without grace the process ends at once."""
     executor = pool(1, task_timeout=0.2, grace=value)
@@ -241,13 +242,14 @@ def test_no_time_to_clean_up(pool: Make, value: float) -> None:
 
 @pytest.mark.core
 @on_hosts
-@pytest.mark.parametrize("value", [5e-324, 1e-9, 1e-4], ids=str)
+@pytest.mark.parametrize("value", [5e-324, 1e-4], ids=str)
 def test_a_tiny_task_timeout(pool: Make, value: float) -> None:
     """A limit that is over before anything could run stops the task all the same, and the slot works."""
     executor = pool(1, grace=0.1)
     tiny = executor.options(task_timeout=value)
     for call in (tasks.sleep_for_ever, tasks.spin_for_ever, tasks.hold_the_gil):
-        error = outcome(tiny.submit(call))
+        with at_most(1.8):
+            error = outcome(tiny.submit(call))
         assert type(error) is taskpool.TaskTimeoutError, error
         assert error.seconds == value
         assert outcome(executor.submit(abs, -1)) == 1

@@ -16,7 +16,7 @@ import pytest
 
 import taskpool
 from tests import processes, tasks
-from tests.helpers import PATIENCE, Backend, at_most, lines, on_hosts, outcome, run_script, wait_until
+from tests.helpers import PATIENCE, TEMPLATE, Backend, at_most, lines, on_hosts, outcome, run_script, wait_until
 
 pytestmark = pytest.mark.core
 
@@ -164,14 +164,9 @@ def test_an_initializer_raises(pool: Pool) -> None:
 
 
 @on_hosts
-def test_a_pool_inside_a_task(pool: Pool, backend: Backend) -> None:
-    """It works, but for workers that multiprocessing itself forbids to have children; then the error says so."""
-    got = outcome(pool(1).submit(tasks.pool_in_a_task))
-    if backend.name == "pool":
-        assert isinstance(got, AssertionError)
-        assert "daemonic" in str(got)
-    else:
-        assert got == [0, 1, 4]
+def test_a_pool_inside_a_task(pool: Pool) -> None:
+    """The standard library's works in any worker."""
+    assert outcome(pool(1).submit(tasks.pool_in_a_task)) == [0, 1, 4]
 
 
 @on_hosts
@@ -237,7 +232,8 @@ def test_the_parent_dies(backend: Backend, busy: bool, number: signal.Signals) -
     source = SCRIPT.format(options=backend.options, busy=busy)
     ended = run_script(source, signals=(("ready", number),), gone_within=1.0)
     assert ended.code == -number
-    assert ended.err == ""
+    assert "Traceback" not in ended.err
+    assert backend != TEMPLATE or ended.err == ""  # elsewhere the standard library may tell that it cleans up
 
 
 @on_hosts

@@ -90,6 +90,9 @@ class Owner(Protocol):
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run a future's callbacks on a thread where they may block."""
 
+    def left_queue(self, future: TaskFuture[Any]) -> None:
+        """The future's task has left the queue: it was sent, cancelled or refused."""
+
 
 class TaskFuture(Future[T]):
     """The future of one task: a `concurrent.futures.Future` whose `cancel()` reaches a running task, and awaitable.
@@ -104,6 +107,7 @@ class TaskFuture(Future[T]):
         self._owner = owner
         self._outcome: Outcome | None = None
         self.task_name = name
+        self.has_slot = False  # whether the task counts against max_pending
 
     # What the caller may do
 
@@ -125,6 +129,8 @@ class TaskFuture(Future[T]):
             else:
                 self._step("stop")
         if queued:
+            if self._owner is not None:
+                self._owner.left_queue(self)
             self._invoke_callbacks()
         elif self._owner is not None:
             self._owner.stop(self)
@@ -239,6 +245,14 @@ class TaskFuture(Future[T]):
         if resolved:
             self._hand_out_callbacks()
         return resolved
+
+    def give_up_slot(self) -> bool:
+        """Return whether the task had a place in the queue that is now to be freed; true only once."""
+        if not self.has_slot:
+            return False
+        with self._condition:
+            had, self.has_slot = self.has_slot, False
+        return had
 
     def _step(self, event: str) -> bool:
         state = LIFE.get((self._state, event))

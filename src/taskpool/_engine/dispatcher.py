@@ -53,15 +53,15 @@ class Dispatcher:
     Args:
         host: Who starts the processes.
         settings: What does not change.
-        release_slot: Called with each call that leaves the queue.
+        left_queue: Called with the future of each call that leaves the queue.
     """
 
-    def __init__(self, host: Host, settings: Settings, release_slot: Callable[[Call], None]) -> None:
+    def __init__(self, host: Host, settings: Settings, left_queue: Callable[[TaskFuture[Any]], None]) -> None:
         self.counts = Counts()
         self.callbacks = CallbackThread(settings.name)
         self.broken: Callable[[], BaseException] | None = None  # makes the error of everything that is submitted
         self._settings = settings
-        self._release_slot = release_slot
+        self._left_queue = left_queue
         self._host = host
         self._queue = TaskQueue()
         self._loop = Loop(self._refuse_posted)
@@ -128,7 +128,7 @@ class Dispatcher:
                 call.give_back()
                 self._loop.post(self._crew.take_returned, worker)
                 return False
-            self._release_slot(call)
+            self._left_queue(call.future)
         finally:
             worker.handed = True
         limit = call.options.task_timeout
@@ -235,7 +235,7 @@ class Dispatcher:
 
     def _refuse(self, source: Source, failure: Failure | None) -> None:
         if isinstance(source, Call):
-            self._release_slot(source)
+            self._left_queue(source.future)
             if failure is None:
                 self.counts.cancelled += source.future.finish_cancelled()
             else:
@@ -306,7 +306,7 @@ class Dispatcher:
                 if only_small and not source.is_small():
                     return None
                 self._queue.pop()
-                self._release_slot(source)
+                self._left_queue(source.future)
                 if source.claim():
                     return source
                 self.counts.cancelled += 1

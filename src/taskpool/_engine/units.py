@@ -36,7 +36,6 @@ class Call:
         self.future = future
         self.options = options
         self.name = future.task_name
-        self.has_slot = False  # whether it counts against max_pending
         self._payload = payload
         self._small = _is_small(payload)
         self.priority = options.priority

@@ -121,6 +121,12 @@ class Backend(MapBackend):
         self.name = name
         self.setup = setup
         self.workers = setup.max_workers
+        self._slots = Slots(setup.max_pending)
+
+    def left_queue(self, future: TaskFuture[Any]) -> None:
+        """Free the place of a task that waits no longer."""
+        if future.give_up_slot():
+            self._slots.free()
 
     @abstractmethod
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:

@@ -29,8 +29,7 @@ class LocalCall:
         self.future = future
         self.options = options
         self.name = future.task_name
-        self.has_slot = False
-        self._call = fn, args, kwargs
+        self._call: Any = fn, args, kwargs
 
     def claim(self) -> bool:
         """Take it off the queue; False if it was cancelled."""
@@ -39,8 +38,12 @@ class LocalCall:
     def call(self) -> Any:
         """Run it, once; what it was called with is not kept."""
         fn, args, kwargs = self._call
-        del self._call
+        self._call = None
         return fn(*args, **kwargs)
+
+    def drop(self) -> None:
+        """Let go of function and arguments: it was cancelled, and stands in a queue for a while yet."""
+        self._call = None
 
     def settle(self, outcome: Outcome | None, seconds: float) -> bool:
         """Resolve the future; None is a cancellation."""
@@ -58,7 +61,6 @@ class LocalItem:
         self.job = job
         self.options = job.options
         self.name = job.options.name or name_of(job.fn)
-        self.has_slot = False
         self._index = index
         self._item = item
         self._settled = False

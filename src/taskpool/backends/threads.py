@@ -6,6 +6,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from taskpool._engine.units import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Outcome, TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Slots, Stats, refuse
+from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
@@ -41,10 +42,10 @@ class ThreadBackend(Backend):
         refuse(
             setup, name, mp_context=setup.mp_context, preload=setup.preload, max_tasks_per_child=setup.max_tasks_per_child
         )
-        self._slots = Slots(setup.max_pending)
         self._alarms = Alarms(setup.name)
         self._heap: list[tuple[int, int, LocalTask]] = []
         self._order = itertools.count()
+        self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
         self._changed = threading.Condition()
         self._threads: set[WorkerThread] = set()
         self._numbers = itertools.count(1)
@@ -59,7 +60,8 @@ class ThreadBackend(Backend):
         self._raise_if_broken()
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = LocalCall(future, fn, args, kwargs, options)
-        call.has_slot = self._slots.take(options.submit_timeout, wait=not self.is_own_thread())
+        future.has_slot = self._slots.take(options.submit_timeout, wait=not self.is_own_thread())
+        self._calls[id(future)] = call
         self._queue([call])
         return future
 
@@ -67,6 +69,13 @@ class ThreadBackend(Backend):
         """Queue items of a map."""
         self._raise_if_broken()
         self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
+
+    def left_queue(self, future: TaskFuture[Any]) -> None:
+        """Free the place of a task that waits no longer, and its arguments if it was cancelled."""
+        super().left_queue(future)
+        call = self._calls.pop(id(future), None)
+        if call is not None and future.cancelled():
+            call.drop()
 
     def _queue(self, tasks: Sequence[LocalTask]) -> None:
         with self._changed:
@@ -104,8 +113,8 @@ class ThreadBackend(Backend):
                         return None
                 task = heapq.heappop(self._heap)[2]
                 thread.task = task
-            if task.has_slot:
-                self._slots.free()
+            if isinstance(task, LocalCall):
+                self.left_queue(task.future)
             if task.claim():
                 return task
             thread.task = None
@@ -208,8 +217,8 @@ class ThreadBackend(Backend):
                 self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
 
     def _refuse(self, task: LocalTask, outcome: Outcome | None) -> None:
-        if task.has_slot:
-            self._slots.free()
+        if isinstance(task, LocalCall):
+            self.left_queue(task.future)
         if isinstance(task, LocalItem) and outcome is None and not task.job.cancelled:
             from concurrent.futures import CancelledError
 

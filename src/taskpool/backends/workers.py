@@ -11,11 +11,11 @@ from taskpool import logs
 from taskpool._engine import hosts, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
-from taskpool._engine.units import Call, make_call, make_pieces, name_of
+from taskpool._engine.units import make_call, make_pieces, name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Slots, Stats, refuse
+from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.errors import NotSendableError, UnsupportedError
 
 
@@ -36,7 +36,6 @@ class WorkersBackend(Backend):
         )
         if not uses_template:
             refuse(setup, name, preload=setup.preload)
-        self._slots = Slots(setup.max_pending)
         host, initializer = _make_host(name, setup, uses_template=uses_template)
         settings = Settings(
             name=setup.name,
@@ -47,7 +46,7 @@ class WorkersBackend(Backend):
             max_tasks=setup.max_tasks_per_child,
             idle_timeout=setup.idle_timeout,
         )
-        self._dispatcher = Dispatcher(host, settings, self._free_slot)
+        self._dispatcher = Dispatcher(host, settings, self.left_queue)
 
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
         """Pickle the call here, in the caller's thread, and hand it to a worker or the queue."""
@@ -58,7 +57,7 @@ class WorkersBackend(Backend):
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = make_call(future, fn, args, kwargs, options)
         if call is not None:
-            call.has_slot = self._slots.take(options.submit_timeout, wait=not dispatcher.is_own_thread())
+            future.has_slot = self._slots.take(options.submit_timeout, wait=not dispatcher.is_own_thread())
             dispatcher.submit(call)
         return future
 
@@ -127,11 +126,6 @@ class WorkersBackend(Backend):
             replaced=counts.replaced,
             rerun=counts.rerun,
         )
-
-    def _free_slot(self, call: Call) -> None:
-        if call.has_slot:
-            call.has_slot = False
-            self._slots.free()
 
 
 def _has_template() -> bool:
