@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import workloads
@@ -245,11 +246,12 @@ def main() -> None:
     rows = measure(arguments.rounds)
     rows += [replacement(arguments.rounds, method) for method in (None, "fork", "forkserver", "spawn")]
     rows.append(import_time(arguments.rounds))
-    print(f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs, {arguments.rounds} rounds\n")
+    print(
+        f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs, {arguments.rounds} rounds\n"
+    )
     print(table(rows))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

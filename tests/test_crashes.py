@@ -20,7 +20,7 @@ import pytest
 
 import taskpool
 from tests import processes, tasks
-from tests.helpers import PATIENCE, at_most, bounded, lines, on_every_host, on_hosts, outcome, wait_until
+from tests.helpers import PATIENCE, Backend, at_most, bounded, lines, on_every_host, on_hosts, outcome, wait_until
 
 Pool = Callable[..., taskpool.Executor]
 

@@ -170,7 +170,7 @@ def test_nothing_runs_on_behind_a_timeout(tmp_path: Path, state: str) -> None:
     assert lines(notes) == begun, "an item began after the timeout"
 
 
-def test_a_timeout_with_an_endless_input(tmp_path: Path) -> None:
+def test_a_timeout_with_an_endless_input() -> None:
     """The timeout ends a call whose input never ends."""
     with at_most(3), pytest.raises(taskpool.CallTimeoutError):
         bounded(lambda: taskpool.map(tasks.square, states.count_for_ever(), timeout=0.5))

@@ -7,10 +7,10 @@ idle worker - each future is resolved once, each innocent task is right, and no 
 
 from __future__ import annotations
 
-import sys
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter

@@ -1,12 +1,12 @@
 """taskpool: run work in several processes, and nothing is lost, nothing hangs.
 
-    import taskpool
+import taskpool
 
-    taskpool.map(fn, items, timeout=5)
+taskpool.map(fn, items, timeout=5)
 
-    with taskpool.Executor(max_workers=4, task_timeout=2) as pool:
-        future = pool.submit(fn, 1)
-        print(future.result())
+with taskpool.Executor(max_workers=4, task_timeout=2) as pool:
+    future = pool.submit(fn, 1)
+    print(future.result())
 """
 
 from __future__ import annotations

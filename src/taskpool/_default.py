@@ -7,14 +7,12 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-
 from taskpool._executor import Executor
 from taskpool._options import check_count, default_workers
 
 R = TypeVar("R")
 
 IDLE_TIMEOUT = 10.0  # seconds after which a worker that has nothing to do is let go
-
 
 
 class _SharedExecutor(Executor):

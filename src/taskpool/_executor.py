@@ -210,7 +210,7 @@ class Executor(Calls, _StandardExecutor):
 
     # Calls lend themselves from `Calls`, which comes first in the order of resolution.
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002
         """Accept nothing more, finish what was accepted, and end all workers by their sentinel.
 
         Args:
@@ -265,8 +265,9 @@ class Executor(Calls, _StandardExecutor):
         return self._backend.stats()
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        """Leave `with`: finish what was accepted; after an exception cancel what has not started; after Ctrl-C and the
-        like stop what runs, too.
+        """Leave `with`: finish what was accepted.
+
+        After an exception cancel what has not started; after Ctrl-C and the like stop what runs, too.
         """
         if exc_type is None:
             self.shutdown()
@@ -435,7 +436,7 @@ def _end_at_exit() -> None:
         bound = EXIT_TIMEOUT if executor._shutdown_timeout is None else executor._shutdown_timeout
         left = max(0.0, began + bound - time.monotonic())
         if not executor._wait_for_end(left):
-            print(f"taskpool: {executor!r} did not finish within {bound:g} seconds and is stopped", file=sys.stderr)
+            print(f"taskpool: {executor!r} did not finish within {bound:g} seconds and is stopped", file=sys.stderr)  # noqa: T201
             executor._stop(kill_after=0.0)
 
 

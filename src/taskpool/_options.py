@@ -28,7 +28,7 @@ def check_seconds(value: object, name: str, *, none: bool = True) -> float | Non
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a number of seconds{' or None' if none else ''}, not {value!r}")
     try:
-        seconds = float(value)  # type: ignore[arg-type]  # __float__ was checked
+        seconds = float(value)
     except OverflowError:  # an integer beyond the largest float, say 10**400
         seconds = math.inf
     if math.isnan(seconds):

@@ -163,7 +163,7 @@ class TaskFuture(Future[T]):
                 raise self._exception
             finally:
                 self = None  # type: ignore[assignment]  # the traceback would keep the future alive in a cycle
-        return self._result  # type: ignore[no-any-return,attr-defined]
+        return self._result  # type: ignore[return-value]
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the task's error, or None if it has a result. Arguments and errors as in `result`."""
@@ -276,7 +276,7 @@ class TaskFuture(Future[T]):
         return True
 
     def _hand_out_callbacks(self) -> None:
-        if not self._done_callbacks:
+        if not self._done_callbacks:  # type: ignore[attr-defined]
             return
         if self._owner is None:
             self._invoke_callbacks()
@@ -284,7 +284,7 @@ class TaskFuture(Future[T]):
             self._owner.run_callbacks(self._invoke_callbacks)
 
     def _invoke_callbacks(self) -> None:
-        for callback in self._done_callbacks:
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:
                 callback(self)
             except BaseException:  # also SystemExit: a callback must not end the thread that runs everybody's

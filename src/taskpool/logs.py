@@ -46,7 +46,7 @@ def forward_from_worker(send: Send, worker: str, levels: dict[str, int]) -> None
     if "structlog" in sys.modules:
         _forward_structlog(sys.modules["structlog"], send, worker)
     else:
-        sys.meta_path.insert(0, _StructlogFinder(send, worker))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _StructlogFinder(send, worker))
 
 
 class ForwardHandler(logging.Handler):
@@ -100,7 +100,7 @@ class _StructlogFinder:
         """Let the other finders find structlog, and configure it once it is loaded."""
         if fullname != "structlog":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         from importlib.util import find_spec
 
         spec = find_spec("structlog")

@@ -60,7 +60,9 @@ class Counts:
 class Hub(Protocol):
     """What the crew needs of the dispatcher."""
 
-    is_open: bool
+    @property
+    def is_open(self) -> bool:
+        """Whether it accepts work."""
 
     def read(self, worker: WorkerHandle) -> None:
         """Take what the worker has written."""

@@ -24,6 +24,7 @@ from taskpool._task import TaskFuture
 logger = logging.getLogger("taskpool")
 now = time.monotonic
 
+ASK, STACKS = 1, 2  # the rungs of the ladder; the third is the end of the process group
 STACK_TIME = 0.25  # seconds in which a worker writes its stacks, and ends by that
 
 
@@ -94,11 +95,11 @@ class Deadlines:
         request = worker.stop
         assert request is not None
         request.rung += 1
-        if worker.process is None or request.rung > 2:
+        if worker.process is None or request.rung > STACKS:
             request.due = math.inf  # the rest is the worker's end, which has a time of its own
             self._crew.kill(worker)
             return
-        if request.rung == 1:
+        if request.rung == ASK:
             worker.write_interrupt(request)
             stop.interrupt(worker.process)
             request.due = now() + request.unit.options.grace

@@ -403,7 +403,7 @@ class Dispatcher:
             worker.inflight.popleft()
             self.requeue(unit)
             self._next_task(worker)
-        elif frame.kind == wire.UNREADABLE and isinstance(unit, Range) and frame.count > 1:
+        elif frame.kind == wire.UNREADABLE and isinstance(unit, Range) and frame.items > 1:
             worker.inflight.popleft()
             self._send_singly(unit)
             self._next_task(worker)
@@ -415,7 +415,7 @@ class Dispatcher:
 
     def _receive(self, unit: Unit, frame: Frame) -> bool:
         if frame.kind == wire.VALUES:
-            self.counts.finished += frame.count
+            self.counts.finished += frame.items
         else:
             self.counts.failed += 1
         return unit.receive(frame)
@@ -429,7 +429,7 @@ class Dispatcher:
 
     def _on_interrupted(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> None:
         worker.inflight.popleft()
-        self._settle_stopped(worker, unit, frame.index, bytes(frame.body.stream).decode(errors="replace"))
+        self._settle_stopped(worker, unit, frame.item, bytes(frame.body.stream).decode(errors="replace"))
         worker.stop = None
         self._crew.expect_end(worker)  # it ends by itself, since the task may have left anything half done
 

@@ -118,9 +118,7 @@ def _same_args(back: BaseException, error: BaseException) -> bool:
     if len(back.args) != len(error.args):
         return False
     texts = (str, int, float, bytes, type(None))
-    return all(
-        one == other for one, other in zip(back.args, error.args, strict=True) if isinstance(other, texts)
-    )
+    return all(one == other for one, other in zip(back.args, error.args, strict=True) if isinstance(other, texts))
 
 
 def _apart(error: BaseException) -> tuple[bytes, tuple[bytes, ...]] | None:
@@ -137,7 +135,9 @@ def _apart(error: BaseException) -> tuple[bytes, tuple[bytes, ...]] | None:
     return _plain(pickled)
 
 
-def _apart_without_attributes(error: BaseException, attributes: dict[str, Any]) -> tuple[bytes, tuple[bytes, ...]] | None:
+def _apart_without_attributes(
+    error: BaseException, attributes: dict[str, Any]
+) -> tuple[bytes, tuple[bytes, ...]] | None:
     kept = {name: value for name, value in attributes.items() if _can_travel(value)}
     try:
         pickled = wire.dumps((type(error), error.args, kept))
@@ -167,11 +167,11 @@ def decode(body: Pickled) -> tuple[BaseException, str]:
 
     The exception's `__cause__` is the standard library's remote traceback, whose own cause is the original one.
     """
-    from concurrent.futures.process import _RemoteTraceback  # type: ignore[attr-defined]
+    from concurrent.futures.process import _RemoteTraceback
 
     encoded, text = wire.loads(body)
     error = _decode(encoded, text)
-    remote = _RemoteTraceback(f'\n"""\n{text}"""')
+    remote = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]  # it takes text
     remote.__cause__ = error.__cause__
     suppress = error.__suppress_context__
     error.__cause__ = remote

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from taskpool._engine.crew import Crew
     from taskpool._engine.handle import WorkerHandle
 
+FORKSERVER_UNKNOWN = 255  # what multiprocessing's forkserver answers when it does not know an exit code
 CLOSE_TIME = 1.0  # seconds that closing an engine may take before it is killed or left
 
 
@@ -62,7 +63,7 @@ class Host:
     def pid_known(self, worker: WorkerHandle) -> None:
         """A worker said who it is."""
 
-    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Return the exit code of a process that has ended; None if it cannot be known, PENDING if it will be told."""
         return None
 
@@ -93,14 +94,14 @@ class TemplateHost(Host):
 
     def start(self, worker: WorkerHandle) -> None:
         """Send a start request; the answer comes over the socket."""
-        for attempt in (1, 2):
+        for last_try in (False, True):
             template = self._living_template()
             self._number += 1
             try:
                 template.request_start(self._number, worker.channel.worker_end, f"worker-{worker.index}")
             except OSError:
                 self._drop(template)
-                if attempt == 2:
+                if last_try:
                     raise
             else:
                 break
@@ -169,14 +170,15 @@ class TemplateHost(Host):
             del self._starting[number]
             self._crew.start_lost(worker)
 
-    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """The template tells, if it lives."""
         return worker.exitcode if worker.exitcode is not None or worker.hosted is not self._template else PENDING
 
     def buried(self, worker: WorkerHandle) -> None:
         """Let the template reap it."""
         template, worker.hosted = worker.hosted, None
-        if worker.pid is not None and self._by_pid.pop(worker.pid, None) is not None and template is self._template:
+        known = worker.pid is not None and self._by_pid.pop(worker.pid, None) is not None
+        if known and template is not None and template is self._template:
             with contextlib.suppress(OSError):
                 template.line.send((tpl.REAP, worker.pid))
 
@@ -249,7 +251,11 @@ def _identity() -> tuple[Any, ...]:
 
 def _state() -> dict[str, Any]:
     """Return what a worker shall have as the parent has it now."""
-    state: dict[str, Any] = {"environ": dict(os.environ), "path": list(sys.path), "argv": list(getattr(sys, "argv", []))}
+    state: dict[str, Any] = {
+        "environ": dict(os.environ),
+        "path": list(sys.path),
+        "argv": list(getattr(sys, "argv", [])),
+    }
     with contextlib.suppress(OSError):
         state["cwd"] = os.getcwd()
     umask = _umask()
@@ -267,7 +273,7 @@ def _umask() -> int | None:
 
 
 def _is_plain_filter(entry: Any) -> bool:
-    return entry[2].__module__ == "builtins"
+    return bool(entry[2].__module__ == "builtins")
 
 
 def _limits(name: str) -> dict[str, Any]:
@@ -289,10 +295,10 @@ def _standard_streams() -> tuple[list[int], list[int]]:
     for fd in (1, 2):
         try:
             os.fstat(fd)
+            fds.append(fd)
         except OSError:
-            fd = os.open(os.devnull, os.O_WRONLY)
-            opened.append(fd)
-        fds.append(fd)
+            opened.append(os.open(os.devnull, os.O_WRONLY))
+            fds.append(opened[-1])
     return fds, opened
 
 
@@ -322,7 +328,7 @@ class ProcessHost(Host):
         worker.hosted = process
         self._crew.process_known(worker, process.pid)
 
-    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Ask the process object, which reaps it."""
         return self._exit.code(worker, worker.hosted)
 
@@ -351,7 +357,7 @@ class _ExitCodes:
         self._crew = crew
         self._watched: dict[Any, int] = {}
 
-    def code(self, worker: WorkerHandle, process: Any) -> int | None | _Pending:
+    def code(self, worker: WorkerHandle, process: Any) -> int | _Pending | None:
         """Return the exit code; None if there is nobody to ask, PENDING if it will be told."""
         if process is None:
             return None
@@ -359,8 +365,7 @@ class _ExitCodes:
         if code is None:
             self._watch(worker, process)
             return PENDING
-        # The forkserver answers 255 for "I do not know".
-        return None if code == 255 and type(process).__name__ == "ForkServerProcess" else code
+        return None if code == FORKSERVER_UNKNOWN and type(process).__name__ == "ForkServerProcess" else code
 
     def _watch(self, worker: WorkerHandle, process: Any) -> None:
         if process not in self._watched:
@@ -407,6 +412,7 @@ def _start_with(worker: WorkerHandle, start: Callable[[], object]) -> None:
 
 # ProcessPoolExecutor
 
+
 def _end(executor: Any) -> Callable[[Any], None]:
     def end(call: Any) -> None:
         # The worker answered the sentinel. Not if it died: then the executor ends by itself, and holds its lock here.
@@ -434,11 +440,11 @@ class FuturesHost(Host):
         executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=entry.keep, initargs=arguments)
         _start_with(worker, lambda: executor.submit(entry.in_executor).add_done_callback(_end(executor)))
         process = next(iter((executor._processes or {}).values()), None)
-        worker.hosted = executor, process, executor._executor_manager_thread  # type: ignore[attr-defined]
-        if process is not None:
+        worker.hosted = executor, process, executor._executor_manager_thread
+        if process is not None and process.pid is not None:
             self._crew.process_known(worker, process.pid)
 
-    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Ask the process object."""
         process = worker.hosted[1] if worker.hosted is not None else None
         return self._exit.code(worker, process)
@@ -508,7 +514,7 @@ class PoolHost(Host):
         if worker.hosted is not None and worker.hosted[0] is self._pool:
             self._pool = None
 
-    def exitcode(self, worker: WorkerHandle) -> int | None | _Pending:
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Ask the Pool's process object, if the Pool still had it when the pid became known."""
         if worker.hosted is None or worker.pid is None:
             return None
@@ -546,7 +552,7 @@ class _HostingPool:
     def __init__(self, context: BaseContext, size: int, initializer: Any, initargs: tuple[Any, ...]) -> None:
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         keep_from_children({self._ours.fileno()})
-        self._ours.setblocking(False)
+        self._ours.settimeout(0)
         self._processes: dict[int | None, Any] = {}
         self.calls: set[Any] = set()
         with warnings.catch_warnings():

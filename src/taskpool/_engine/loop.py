@@ -92,7 +92,7 @@ class Loop:
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while len(os.read(self._wake_r, 4096)) == 4096:
+            while os.read(self._wake_r, 4096):
                 pass
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class EncodedError:
             return None, error
 
 
-class EncodedNotSendable(EncodedError):
+class EncodedNotSendableError(EncodedError):
     """The result could not be pickled."""
 
     def decode(self) -> tuple[None, BaseException]:
@@ -55,7 +55,7 @@ class EncodedNotSendable(EncodedError):
         return _with_cause(NotSendableError, "the result cannot be pickled", super().decode()[1])
 
 
-class EncodedUnreadable(EncodedError):
+class EncodedUnreadableError(EncodedError):
     """The arguments could not be unpickled in the worker."""
 
     def decode(self) -> tuple[None, BaseException]:
@@ -63,9 +63,7 @@ class EncodedUnreadable(EncodedError):
         return _with_cause(UnpickleError, "the task cannot be unpickled in the worker", super().decode()[1])
 
 
-def _with_cause(
-    cls: type[TaskPoolError], text: str, cause: BaseException
-) -> tuple[None, BaseException]:
+def _with_cause(cls: type[TaskPoolError], text: str, cause: BaseException) -> tuple[None, BaseException]:
     error = cls(f"{text}: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}")
     error.__cause__ = cause
     return None, error

@@ -201,7 +201,7 @@ def apply_changes(changes: dict[str, Any]) -> None:
     if "argv" in changes:
         sys.argv[:] = changes["argv"]
     if "filters" in changes:
-        warnings.filters[:] = changes["filters"]
+        warnings.filters[:] = changes["filters"]  # type: ignore[index]
         getattr(warnings, "_filters_mutated", getattr(warnings, "_filters_mutated_lock_held", lambda: None))()
     for module in changes.get("imports", ()):
         with contextlib.suppress(Exception):
@@ -271,7 +271,7 @@ def main(fd: int, preload: list[str]) -> None:
     os.setsid()
     stop.reset_signals()
     sock = socket.socket(fileno=fd)
-    os.set_inheritable(fd, False)
+    os.set_inheritable(fd, False)  # noqa: FBT003
     import taskpool._engine.worker
     import taskpool.logs  # noqa: F401
 

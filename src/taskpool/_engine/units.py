@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool._engine import exceptions, wire
 from taskpool._engine.channel import PACKET
-from taskpool._engine.outcomes import EncodedError, EncodedNotSendable, EncodedUnreadable, EncodedValue
+from taskpool._engine.outcomes import EncodedError, EncodedNotSendableError, EncodedUnreadableError, EncodedValue
 from taskpool._engine.wire import Bytes, Frame, Pickled
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
@@ -19,11 +19,11 @@ CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
 
 _ids = itertools.count(1)
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, Callable[[Pickled], Outcome]] = {
     wire.VALUES: EncodedValue,
     wire.RAISED: EncodedError,
-    wire.UNSENDABLE: EncodedNotSendable,
-    wire.UNREADABLE: EncodedUnreadable,
+    wire.UNSENDABLE: EncodedNotSendableError,
+    wire.UNREADABLE: EncodedUnreadableError,
 }
 
 
@@ -195,10 +195,10 @@ class Range:
         """Take the outcome of one or more items; return whether the range is finished with it."""
         if frame.kind == wire.VALUES:
             outcome: Outcome = EncodedValue(frame.body)
-            self.job.deposit(self.piece.first + frame.index, frame.count, outcome, frame.seconds)
+            self.job.deposit(self.piece.first + frame.item, frame.items, outcome, frame.seconds)
         else:
-            self.job.deposit(self.piece.first + frame.index, 1, _OUTCOMES[frame.kind](frame.body))
-        self.next = frame.index + frame.count
+            self.job.deposit(self.piece.first + frame.item, 1, _OUTCOMES[frame.kind](frame.body))
+        self.next = frame.item + frame.items
         return self.next >= self.stop
 
     def settle(self, item: int, outcome: Outcome) -> None:

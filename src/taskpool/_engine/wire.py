@@ -57,8 +57,8 @@ class Frame(NamedTuple):
 
     kind: int
     unit: int
-    index: int
-    count: int
+    item: int  # the first one that it is about
+    items: int  # how many
     started: float
     seconds: float
     body: Pickled
@@ -82,7 +82,7 @@ def dumps(value: object) -> Pickled:
     except Exception:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
         return _dump_by_value(value)
-    return _dump_by_value(value) if b"__main__" in pickled.stream else pickled  # type: ignore[operator]
+    return _dump_by_value(value) if b"__main__" in bytes(pickled.stream) else pickled
 
 
 def dumps_call(fn: object, *rest: object) -> Pickled:
@@ -98,7 +98,7 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
         pickled = _dump((kept, *rest))
     except Exception:
         return _dump_by_value((fn, *rest))
-    if pickled.stream.count(b"__main__") > kept.mentions:  # type: ignore[union-attr]  # the arguments name it, too
+    if bytes(pickled.stream).count(b"__main__") > kept.mentions:  # the arguments name it, too
         return _dump_by_value((fn, *rest))
     return pickled
 
@@ -241,10 +241,7 @@ def parse_head(
     end = begin + SIZE.size * parts
     if len(data) < end:
         return None
-    if parts == 1:
-        sizes = SIZE.unpack_from(data, begin)
-    else:
-        sizes = struct.unpack_from(f"<{parts}Q", data, begin)
+    sizes = SIZE.unpack_from(data, begin) if parts == 1 else struct.unpack_from(f"<{parts}Q", data, begin)
     if sizes and max(sizes) > MAX_PART:
         raise BadFrameError(f"a part of {max(sizes)} bytes")
     return fields, sizes, end

@@ -128,7 +128,7 @@ class Worker:
     def _set_up(self, frame: Frame) -> None:
         try:
             prefix, log_levels, sent_initializer = wire.loads(frame.body)
-            self.name = f"{prefix}-{frame.index}"
+            self.name = f"{prefix}-{frame.item}"
             self._forward_logs(log_levels)
             initializer, initargs = sent_initializer or self._initializer
             if initializer is not None:
@@ -226,7 +226,7 @@ class Worker:
     def _run_range(self, frame: Frame) -> None:
         """Run items one after the other; one that fails or cannot be read or sent costs no other."""
         self._begin(frame.unit)
-        self._words[ITEM] = frame.index
+        self._words[ITEM] = frame.item
         run = RangeRun(self, frame)
         try:
             try:
@@ -238,7 +238,7 @@ class Worker:
             # Whatever it was, nothing of the range has run. The parent sends its items again, each by itself.
             body = exceptions.encode(error, frames_of_ours=1)
             self._finished = self.interrupts.stack is not None
-            self._report(wire.UNREADABLE, frame, body, index=frame.index, count=frame.count)
+            self._report(wire.UNREADABLE, frame, body, index=frame.item, count=frame.items)
         else:
             while run.index < run.end and not self._finished:
                 run.run_until_something_happens()
@@ -254,8 +254,8 @@ class RangeRun:
     def __init__(self, worker: Worker, frame: Frame) -> None:
         self.worker = worker
         self.frame = frame
-        self.index = frame.index  # the item that runs
-        self.end = frame.index + frame.count
+        self.index = frame.item  # the item that runs
+        self.end = frame.item + frame.items
         self.values: list[Any] = []  # of the items right before `index`
         self.group_started = 0.0
 
@@ -323,7 +323,13 @@ class RangeRun:
             self._flush_singly(first)
         else:
             self.worker._report(
-                wire.VALUES, self.frame, body, index=first, count=len(values), started=self.group_started, seconds=seconds
+                wire.VALUES,
+                self.frame,
+                body,
+                index=first,
+                count=len(values),
+                started=self.group_started,
+                seconds=seconds,
             )
         values.clear()
         self.worker._words[PHASE] = RUNNING
@@ -353,9 +359,7 @@ def _flush() -> None:
         return
 
 
-def main(
-    end: WorkerEnd, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
-) -> None:
+def main(end: WorkerEnd, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()) -> None:
     """Be a worker on this channel. Called in the main thread of a new process, for the rest of its life.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from taskpool.backends.base import Backend, Setup
@@ -21,13 +21,16 @@ def make_backend(name: object, setup: Setup) -> Backend:
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be one of {', '.join(map(repr, NAMES))}, not {name!r}")
-    make: Any
     if name in HOSTED:
-        from taskpool.backends.workers import WorkersBackend as make
-    elif name == "thread":
-        from taskpool.backends.threads import ThreadBackend as make
-    elif name == "serial":
-        from taskpool.backends.serial import SerialBackend as make
-    else:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, not {name!r}")
-    return make(name, setup)  # type: ignore[no-any-return]
+        from taskpool.backends.workers import WorkersBackend
+
+        return WorkersBackend(name, setup)
+    if name == "thread":
+        from taskpool.backends.threads import ThreadBackend
+
+        return ThreadBackend(name, setup)
+    if name == "serial":
+        from taskpool.backends.serial import SerialBackend
+
+        return SerialBackend(name, setup)
+    raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, not {name!r}")

@@ -153,7 +153,7 @@ class Backend(MapBackend):
         return False
 
 
-def refuse(setup: Setup, backend: str, **wanted: object) -> None:
+def refuse(backend: str, **wanted: object) -> None:
     """Raise for the first of these settings that was given, naming backends that have it.
 
     Raises:

@@ -40,7 +40,10 @@ class SerialBackend(Backend):
     def __init__(self, name: str, setup: Setup) -> None:
         super().__init__(name, setup)
         refuse(
-            setup, name, mp_context=setup.mp_context, preload=setup.preload, max_tasks_per_child=setup.max_tasks_per_child
+            name,
+            mp_context=setup.mp_context,
+            preload=setup.preload,
+            max_tasks_per_child=setup.max_tasks_per_child,
         )
         self.workers = 1
         self._alarms = Alarms(setup.name)

@@ -35,7 +35,7 @@ class WorkersBackend(Backend):
             kill=True, isolation=True, processes=True, start_methods=True, preload=uses_template, recycling=True
         )
         if not uses_template:
-            refuse(setup, name, preload=setup.preload)
+            refuse(name, preload=setup.preload)
         host, initializer = _make_host(name, setup, uses_template=uses_template)
         settings = Settings(
             name=setup.name,
@@ -173,5 +173,3 @@ def _pickle_setup(name: str, initializer: tuple[Any, Any] | None) -> wire.Pickle
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
             'multiprocessing pass to workers by inheritance only: use mp_context="forkserver", "spawn" or "fork"'
         ) from cause
-
-
