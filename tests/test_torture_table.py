@@ -116,13 +116,8 @@ def test_one_bad_item_costs_one_item(pool: Pool, tmp_path: Path, name: str) -> N
     fn, *args = row.call
     notes = tmp_path / "notes"
     executor = pool(1)
-    items = [
-        (tasks.note, notes, 0),
-        (tasks.note, notes, 1),
-        (fn, *args),
-        (tasks.note, notes, 3),
-        (tasks.note, notes, 4),
-    ]
+    items: list[tuple[Any, ...]] = [(tasks.note_slowly, notes, number) for number in range(5)]
+    items[2] = (fn, *args)
     results = executor.options(**row.options).map(tasks.call, items, chunksize=5)
     with at_most(5, "the bad item"):
         wait_until(lambda: lines(notes) == ["0", "1", "3", "4"])

@@ -11,7 +11,7 @@ import attrs
 MAX_SECONDS = 1e8  # about three years; larger values, infinity included, mean "no limit that anyone will see"
 
 
-def check_seconds(value: object, name: str, *, none: bool = True) -> float | None:
+def check_seconds(value: Any, name: str, *, none: bool = True) -> float | None:
     """Return `value` as seconds for a bounded wait; None, infinite and huge values mean no limit.
 
     Args:
@@ -25,7 +25,7 @@ def check_seconds(value: object, name: str, *, none: bool = True) -> float | Non
     """
     if value is None and none:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str | bytes):
+    if value is None or isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a number of seconds{' or None' if none else ''}, not {value!r}")
     try:
         seconds = float(value)
@@ -50,7 +50,7 @@ def check_limit(value: object, name: str = "task_timeout") -> float | None:
     return check_seconds(value, name)
 
 
-def check_count(value: object, name: str, *, none: bool = True) -> int | None:
+def check_count(value: Any, name: str, *, none: bool = True) -> int | None:
     """Return a positive whole number or, where allowed, None.
 
     Raises:
@@ -59,7 +59,7 @@ def check_count(value: object, name: str, *, none: bool = True) -> int | None:
     """
     if value is None and none:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if value is None or isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number{' or None' if none else ''}, not {value!r}")
     count = int(value.__index__())
     if count <= 0:

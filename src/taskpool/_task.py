@@ -47,9 +47,11 @@ class Outcome(Protocol):
     @property
     def ok(self) -> bool:
         """Whether it is a result and not an error."""
+        ...
 
     def decode(self) -> tuple[Any, BaseException | None]:
         """Return (result, None) or (None, error); never raises an Exception."""
+        ...
 
 
 class Value:
@@ -86,6 +88,7 @@ class Owner(Protocol):
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether the task has started in a worker and not ended."""
+        ...
 
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run a future's callbacks on a thread where they may block."""

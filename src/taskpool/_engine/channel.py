@@ -273,6 +273,7 @@ class Channel:
         """
         while True:
             room = self._reader.room()
+            data = b""
             try:
                 if room is None:
                     data = os.read(self.results, 64 * 1024)

@@ -63,6 +63,7 @@ class Hub(Protocol):
     @property
     def is_open(self) -> bool:
         """Whether it accepts work."""
+        ...
 
     def read(self, worker: WorkerHandle) -> None:
         """Take what the worker has written."""

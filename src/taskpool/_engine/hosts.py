@@ -114,9 +114,11 @@ class TemplateHost(Host):
         if template is not None and not template.fits():
             self._drop(template)
             template = None
-        if template is None:
-            template = self._template = _TemplateProcess(self._preload)
-            self._crew.watch(template.line.sock.fileno(), lambda: self._read(template))
+        return template or self._new_template()
+
+    def _new_template(self) -> _TemplateProcess:
+        template = self._template = _TemplateProcess(self._preload)
+        self._crew.watch(template.line.sock.fileno(), lambda: self._read(template))
         return template
 
     def _read(self, template: _TemplateProcess) -> None:
@@ -176,7 +178,8 @@ class TemplateHost(Host):
 
     def buried(self, worker: WorkerHandle) -> None:
         """Let the template reap it."""
-        template, worker.hosted = worker.hosted, None
+        template: _TemplateProcess | None = worker.hosted
+        worker.hosted = None
         known = worker.pid is not None and self._by_pid.pop(worker.pid, None) is not None
         if known and template is not None and template is self._template:
             with contextlib.suppress(OSError):

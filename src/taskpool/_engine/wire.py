@@ -114,7 +114,7 @@ def _dump_by_value(value: object) -> Pickled:
     buffers: list[PickleBuffer] = []
     file = io.BytesIO()
     pickler = cloudpickle.Pickler(file, 5, buffer_callback=_collector(buffers))
-    pickler.dispatch_table = ChainMap({}, _extra_reducers(), pickler.dispatch_table)
+    pickler.dispatch_table = ChainMap({}, _extra_reducers(), dict(pickler.dispatch_table))
     pickler.dump(value)
     return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
 
