@@ -63,6 +63,7 @@ class NoText:
 
 def say_what_does_not_travel() -> str:
     """Log records with odd parts, then a plain one."""
+    logging.raiseExceptions = False  # it would print what is wrong with them
     log.warning("lock", extra={"lock": threading.Lock(), "odd": NoText()})
     log.warning("%s", NoText())
     log.warning("%d items", "many")
@@ -82,8 +83,10 @@ def say_in_fork() -> str:
 
 
 def warn() -> None:
-    """Issue a warning."""
-    warnings.warn("mind the gap", UserWarning, stacklevel=1)
+    """Issue a warning, whatever the filters are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("mind the gap", UserWarning, stacklevel=1)
 
 
 def say_structured(event: str, **fields: Any) -> int:

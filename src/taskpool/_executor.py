@@ -181,7 +181,7 @@ class Executor(Calls, _StandardExecutor):
     ) -> None:
         self._pid = os.getpid()
         self._closed = False
-        self.name = _check_name(name) or f"taskpool-{next(_numbers)}"
+        self.name: str = _check_name(name) or f"taskpool-{next(_numbers)}"
         options = {"task_timeout": task_timeout, "grace": grace, "submit_timeout": submit_timeout}
         self._options = TaskOptions().merge(options)
         self._shutdown_timeout = check_seconds(shutdown_timeout, "shutdown_timeout")

@@ -38,10 +38,10 @@ class MapJob:
         self.star = star
         self.options = options
         self.chunksize = chunksize
-        self.cancelled = False
+        self.cancelled: bool = False
         self.deadline: float | None = None  # the call's own (monotonic)
         self.seconds: float | None = None  # how long an item takes, of late
-        self.finished = 0
+        self.finished: int = 0
         self._groups: dict[int, tuple[int, Outcome]] = {}
         self._arrived = threading.Condition()
         self._waiting = False
@@ -90,7 +90,7 @@ class MapJob:
 class MapBackend:
     """What a map needs of its backend."""
 
-    workers = 1
+    workers: int = 1
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Accept the items of `job` from index `first` on."""

@@ -109,8 +109,8 @@ class TaskFuture(Future[T]):
         super().__init__()
         self._owner = owner
         self._outcome: Outcome | None = None
-        self.task_name = name
-        self.has_slot = False  # whether the task counts against max_pending
+        self.task_name: str = name
+        self.has_slot: bool = False  # whether the task counts against max_pending
 
     # What the caller may do
 

@@ -118,9 +118,9 @@ class Backend(MapBackend):
     capabilities: Capabilities
 
     def __init__(self, name: str, setup: Setup) -> None:
-        self.name = name
-        self.setup = setup
-        self.workers = setup.max_workers
+        self.name: str = name
+        self.setup: Setup = setup
+        self.workers: int = setup.max_workers
         self._slots = Slots(setup.max_pending)
 
     def left_queue(self, future: TaskFuture[Any]) -> None:

@@ -28,7 +28,7 @@ class LocalCall:
     def __init__(self, future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> None:
         self.future = future
         self.options = options
-        self.name = future.task_name
+        self.name: str = future.task_name
         self._call: Any = fn, args, kwargs
 
     def claim(self) -> bool:
@@ -59,8 +59,8 @@ class LocalItem:
 
     def __init__(self, job: MapJob, index: int, item: Any) -> None:
         self.job = job
-        self.options = job.options
-        self.name = job.options.name or name_of(job.fn)
+        self.options: TaskOptions = job.options
+        self.name: str = job.options.name or name_of(job.fn)
         self._index = index
         self._item = item
         self._settled = False

@@ -33,7 +33,7 @@ from taskpool.errors import InitializerError
 class SerialBackend(Backend):
     """Runs each task in `submit`, in the caller's thread. A limit asks the task to end; it cannot make it."""
 
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
     )
 
@@ -159,7 +159,8 @@ class LocalRun:
 
     def __init__(self, task: LocalTask) -> None:
         self.task = task
-        self.interrupted = self.timed_out = False
+        self.interrupted: bool = False
+        self.timed_out: bool = False
         self.stack: str | None = None
         self._thread = threading.get_ident()
         self._in_main = threading.current_thread() is threading.main_thread()

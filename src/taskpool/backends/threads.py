@@ -33,7 +33,7 @@ from taskpool.errors import InitializerError
 class ThreadBackend(Backend):
     """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced."""
 
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
     )
 
@@ -262,9 +262,9 @@ class WorkerThread(threading.Thread):
     def __init__(self, backend: ThreadBackend, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self.task: LocalTask | None = None
-        self.interrupted = False  # the current task was asked to end
-        self.timed_out = False  # ... because it passed its limit
-        self.abandoned = False
+        self.interrupted: bool = False  # the current task was asked to end
+        self.timed_out: bool = False  # ... because it passed its limit
+        self.abandoned: bool = False
         self.stack: str | None = None
         self._backend = backend
         self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task

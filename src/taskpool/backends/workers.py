@@ -31,7 +31,7 @@ class WorkersBackend(Backend):
         super().__init__(name, setup)
         _check_platform(name)
         uses_template = name == "process" and setup.mp_context is None and _has_template()
-        self.capabilities = Capabilities(
+        self.capabilities: Capabilities = Capabilities(
             kill=True, isolation=True, processes=True, start_methods=True, preload=uses_template, recycling=True
         )
         if not uses_template:
