@@ -72,6 +72,7 @@ def _over(backends: list[Backend]) -> pytest.MarkDecorator:
 
 
 on_hosts = _over(HOSTS)  # each hosted backend, with one start method each
+on_one_host = _over(EVERY_HOST if FULL else [TEMPLATE])  # the default backend; in a whole run each hosted one
 on_every_host = _over(EVERY_HOST)  # each hosted backend under each start method
 on_all = _over([*HOSTS, THREAD, SERIAL])  # every backend
 on_pools = _over([*HOSTS, THREAD])  # every backend that runs tasks beside the caller

@@ -146,6 +146,10 @@ class Census:
     descriptors: dict[int, str]
     names: set[str]
 
+    def size(self) -> int:
+        """Return how many things there are."""
+        return len(self.processes) + len(self.threads) + len(self.descriptors)
+
     def new_since(self, before: Census) -> list[str]:
         """Return in words what is here and was not there before."""
         return [

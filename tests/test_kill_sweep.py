@@ -194,11 +194,13 @@ def test_a_thousand_ends_leave_nothing(pool: Pool, backend: Backend, tmp_path: P
     executor = pool(2, grace=0.01)
     count = _trials(backend, 1000, 90)
     _end_some(executor, count // 10, tmp_path)
-    before, memory = processes.census(), processes.resident()
+    before, memory = _with_both_workers(executor, tmp_path / "before"), processes.resident()
     _end_some(executor, count, tmp_path)
-    wait_until(lambda: executor.stats().workers == 2 or executor.stats().running == 0)
-    after = wait_until(lambda: (now := processes.census()) and _no_larger(now, before) and now, what="no growth")
-    assert len(after.processes) <= len(before.processes)
+    after = _with_both_workers(executor, tmp_path / "after", before.size())
+    assert len(after.processes) <= len(before.processes), after.new_since(before)
+    assert len(after.threads) <= len(before.threads), after.new_since(before)
+    assert len(after.descriptors) <= len(before.descriptors), after.new_since(before)
+    assert not any(process.zombie for process in after.processes.values()), after.processes
     assert processes.resident() - memory < 20_000_000
     stats = executor.stats()
     ended = stats.crashed + stats.timed_out + stats.cancelled
@@ -236,10 +238,18 @@ def _check(pending: list[tuple[type[BaseException], Future[Any]]]) -> None:
     pending.clear()
 
 
-def _no_larger(now: processes.Census, before: processes.Census) -> bool:
-    return (
-        len(now.processes) <= len(before.processes)
-        and len(now.threads) <= len(before.threads)
-        and len(now.descriptors) <= len(before.descriptors)
-        and not any(process.zombie for process in now.processes.values())
-    )
+def _with_both_workers(executor: taskpool.Executor, folder: Path, enough: int = 0) -> processes.Census:
+    """Count what exists while two tasks run: the smallest count of two seconds, or the first that is small enough."""
+    folder.mkdir()
+    futures = [executor.submit(tasks.hold, folder / f"started{n}", folder / "release") for n in range(2)]
+    wait_until(lambda: all((folder / f"started{n}").exists() for n in range(2)))
+    census = processes.census()
+    deadline = time.monotonic() + 2
+    while census.size() > enough and time.monotonic() < deadline:
+        now = processes.census()
+        if now.size() < census.size():
+            census = now
+        time.sleep(0.05)
+    (folder / "release").touch()
+    assert [outcome(future) for future in futures] == [None, None]
+    return census

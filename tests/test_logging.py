@@ -13,7 +13,7 @@ import structlog
 
 import taskpool
 from tests import talk, tasks
-from tests.helpers import Backend, bounded, lines, on_every_host, on_hosts, outcome, wait_until
+from tests.helpers import Backend, bounded, lines, on_every_host, on_hosts, on_one_host, outcome, wait_until
 from tests.scripts import run_main
 
 Make = Callable[..., taskpool.Executor]
@@ -84,7 +84,7 @@ def test_a_record_says_where_it_came_from(pool: Make, collector: Collector) -> N
     assert record.process == pid
 
 
-@on_hosts
+@on_one_host
 def test_a_task_without_a_name_has_that_of_its_function(pool: Make, collector: Collector) -> None:
     """So does an item of a map."""
     executor = pool(1)
@@ -96,7 +96,7 @@ def test_a_task_without_a_name_has_that_of_its_function(pool: Make, collector: C
 
 
 @pytest.mark.core
-@on_hosts
+@on_one_host
 def test_all_records_arrive_in_order(pool: Make, collector: Collector) -> None:
     """Each record of each worker, in its order, by the end of shutdown."""
     executor = pool(2)
@@ -133,7 +133,7 @@ def test_records_survive_the_worker(pool: Make, collector: Collector, end: str) 
     wait_until(lambda: "after" in collector.texts, 10, "the next worker's record")
 
 
-@on_hosts
+@on_one_host
 def test_threads_of_a_task_log(pool: Make, collector: Collector) -> None:
     """Records of several threads and a large result do not get into each other's way."""
     executor = pool(1)
@@ -142,7 +142,7 @@ def test_threads_of_a_task_log(pool: Make, collector: Collector) -> None:
     assert sorted(collector.texts) == sorted(f"{thread} {number}" for thread in range(4) for number in range(150))
 
 
-@on_hosts
+@on_one_host
 def test_an_exception_is_logged_with_its_traceback(pool: Make, collector: Collector) -> None:
     """The traceback arrives as text."""
     executor = pool(1)
@@ -155,7 +155,7 @@ def test_an_exception_is_logged_with_its_traceback(pool: Make, collector: Collec
     assert "in say_with_traceback" in text
 
 
-@on_hosts
+@on_one_host
 def test_initializers_log(pool: Make, collector: Collector) -> None:
     """What an initializer logs arrives as well."""
     executor = pool(1, initializer=talk.say, initargs=("starting",))
@@ -164,7 +164,7 @@ def test_initializers_log(pool: Make, collector: Collector) -> None:
     assert "starting" in collector.texts
 
 
-@on_hosts
+@on_one_host
 def test_warnings_arrive_as_records(pool: Make, collector: Collector) -> None:
     """What a task is warned of is shown by the parent."""
     executor = pool(1)
@@ -178,7 +178,7 @@ def test_warnings_arrive_as_records(pool: Make, collector: Collector) -> None:
 # ---------------------------------------------------------------------------------------------- what does not harm
 
 
-@on_hosts
+@on_one_host
 def test_odd_records_harm_no_other(pool: Make, collector: Collector) -> None:
     """A record that cannot travel or cannot be made into text costs neither the task nor the next record."""
     executor = pool(1)
@@ -188,7 +188,7 @@ def test_odd_records_harm_no_other(pool: Make, collector: Collector) -> None:
     assert "lock" in repr(collector.records[0].lock)  # type: ignore[attr-defined]
 
 
-@on_hosts
+@on_one_host
 def test_a_handler_that_raises_harms_nobody(pool: Make, collector: Collector) -> None:
     """A handler of the parent may fail: tasks go on and later records arrive."""
 
@@ -209,7 +209,7 @@ def test_a_handler_that_raises_harms_nobody(pool: Make, collector: Collector) ->
     assert [text for text in collector.texts if text in ("first", "last")] == ["first", "last"]
 
 
-@on_hosts
+@on_one_host
 def test_a_handler_that_blocks_delays_no_task(pool: Make, tmp_path: Path, collector: Collector) -> None:
     """A slow handler holds up records, not outcomes, for longer than its time."""
     executor = pool(1)
@@ -239,7 +239,7 @@ def blocking_handler(release: Path) -> Iterator[None]:
         logging.getLogger("tests.talk").removeHandler(handler)
 
 
-@on_hosts
+@on_one_host
 def test_a_fork_in_a_task_does_not_disturb(pool: Make, collector: Collector) -> None:
     """A child that a task forks does not speak for the worker, and cannot garble what it says."""
     executor = pool(1)
@@ -252,7 +252,7 @@ def test_a_fork_in_a_task_does_not_disturb(pool: Make, collector: Collector) -> 
 # ---------------------------------------------------------------------------------------------- the parent's settings
 
 
-@on_every_host
+@on_hosts
 def test_levels_are_the_parents(pool: Make, collector: Collector) -> None:
     """Workers send what the parent would show, and nothing below."""
     executor = pool(1)
@@ -262,7 +262,7 @@ def test_levels_are_the_parents(pool: Make, collector: Collector) -> None:
     assert collector.texts == ["at 20", "at 40"]
 
 
-@on_hosts
+@on_one_host
 def test_a_loggers_own_level_counts(pool: Make, collector: Collector) -> None:
     """A level that the parent set on one logger holds in the workers."""
     logger = logging.getLogger("tests.talk")
@@ -330,7 +330,7 @@ def test_records_of_a_task_that_exit_stops(backend: Backend, tmp_path: Path) -> 
 
 
 @pytest.mark.core
-@on_every_host
+@on_hosts
 def test_structlog_events_arrive(pool: Make, events: list[dict[str, Any]]) -> None:
     """An event runs through the parent's processors, with its fields and with task, worker and process."""
     executor = pool(1, name="press")
@@ -343,7 +343,7 @@ def test_structlog_events_arrive(pool: Make, events: list[dict[str, Any]]) -> No
     assert "press" in event["worker"]
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("end", ["killed", "left", "hung"])
 def test_structlog_events_survive_the_worker(pool: Make, events: list[dict[str, Any]], end: str) -> None:
     """As with logging."""
@@ -353,7 +353,7 @@ def test_structlog_events_survive_the_worker(pool: Make, events: list[dict[str, 
     assert [event["number"] for event in events] == list(range(200))
 
 
-@on_hosts
+@on_one_host
 def test_structlog_exceptions(pool: Make, events: list[dict[str, Any]]) -> None:
     """A logged exception arrives with its traceback as text, which the parent's own formatting of exceptions keeps."""
     (keep,) = structlog.get_config()["processors"]

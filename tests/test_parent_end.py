@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes, states
-from tests.helpers import FULL, TEMPLATE, Backend, Ended, lines, on_every_host, on_hosts
+from tests.helpers import FULL, TEMPLATE, Backend, Ended, lines, on_every_host, on_hosts, on_one_host
 from tests.scripts import run_main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the promise is made for Linux")
@@ -66,7 +66,7 @@ def test_no_busy_worker_outlives_the_parent(backend: Backend, tmp_path: Path, en
     run_parent(backend, tmp_path, end, "holding", "parent")
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("end", ENDS if FULL else ["return", "1 / 0", "SIGINT", "SIGKILL"])
 def test_no_idle_worker_outlives_the_parent(backend: Backend, tmp_path: Path, end: str) -> None:
     """Idle workers end as well, and do not delay the parent's end."""
@@ -208,7 +208,7 @@ while True:
 
 
 @on_hosts
-@pytest.mark.parametrize("delay", range(0, 200, 10 if FULL else 40))
+@pytest.mark.parametrize("delay", range(0, 200, 10 if FULL else 60))
 def test_a_parent_killed_while_workers_start(backend: Backend, tmp_path: Path, delay: int) -> None:
     """Half-started workers, and those that are just ending, find out as well."""
     ended = run_main(STARTING, backend, tmp_path, str(delay / 1000))

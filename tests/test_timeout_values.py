@@ -16,7 +16,7 @@ import pytest
 
 import taskpool
 from tests import states, tasks
-from tests.helpers import FULL, Backend, at_most, bounded, lines, on_all, on_hosts, on_pools, outcome
+from tests.helpers import FULL, Backend, at_most, bounded, lines, on_all, on_hosts, on_one_host, outcome
 from tests.scripts import run_main
 
 pytestmark = pytest.mark.usefixtures("shared")
@@ -122,7 +122,7 @@ def test_large_times_in_map(value: float) -> None:
     assert bounded(lambda: taskpool.map(abs, [-1, -2], timeout=value, task_timeout=value)) == [1, 2]
 
 
-@on_pools
+@on_one_host
 @pytest.mark.parametrize("value", LARGE, ids=str)
 def test_large_times_wait(pool: Make, tmp_path: Path, value: float) -> None:
     """A wait of such a length waits: it neither ends at once nor fails."""
@@ -149,7 +149,7 @@ def test_large_times_wait(pool: Make, tmp_path: Path, value: float) -> None:
     assert sorted(answers, key=repr) == sorted([1, None, 4, [5]], key=repr)
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("value", [DAYS_25, math.inf], ids=str)
 def test_a_large_grace_waits_for_the_clean_up(pool: Make, tmp_path: Path, value: float) -> None:
     """A task that is stopped gets all the time it was given."""
@@ -217,7 +217,7 @@ def test_no_time_for_the_shared_map(tmp_path: Path, value: float) -> None:
         taskpool.map(states.enter, ["sleeping"] * 3, [tmp_path / "notes"] * 3, timeout=value)
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_for_terminate(pool: Make, tmp_path: Path, value: float) -> None:
     """`terminate` without time still stops everything; it only does not watch."""
@@ -230,7 +230,7 @@ def test_no_time_for_terminate(pool: Make, tmp_path: Path, value: float) -> None
     assert future.done()
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("value", SOME_AT_ONCE, ids=str)
 def test_no_time_to_clean_up(pool: Make, value: float) -> None:
     """Without grace the process ends at once."""
@@ -255,7 +255,7 @@ def test_a_tiny_task_timeout(pool: Make, value: float) -> None:
         assert outcome(executor.submit(abs, -1)) == 1
 
 
-@on_hosts
+@on_one_host
 def test_a_tiny_start_timeout(pool: Make) -> None:
     """No worker can start in no time: the error says so, and nothing hangs."""
     executor = pool(1, start_timeout=1e-6)
@@ -271,7 +271,7 @@ states.expect(path, 1)
 """
 
 
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("value", ["0", "-1", "1e-9"])
 def test_no_time_at_exit(backend: Backend, tmp_path: Path, value: str) -> None:
     """With no time for shutdown the interpreter ends at once."""

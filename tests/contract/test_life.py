@@ -406,8 +406,12 @@ def test_bad_timeouts_of_the_end_are_refused(pool: Pool, value: Any) -> None:
 def test_a_worker_is_recycled_after_its_tasks(pool: Pool) -> None:
     """`max_tasks_per_child` gives each so many tasks, and no task is lost between two workers."""
     executor = pool(1, max_tasks_per_child=3)
-    pids = [future.result(PATIENCE) for future in [executor.submit(tasks.pid) for _ in range(10)]]
-    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 3, 1]
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    at_once = [future.result(PATIENCE) for future in [executor.submit(tasks.pid) for _ in range(8)]]
+    one_by_one = [executor.submit(tasks.pid).result(PATIENCE) for _ in range(9)]
+    for pids, shares in ((at_once, [2, 3, 3]), (one_by_one, [3, 3, 3])):
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == shares
+    assert executor.stats().replaced == 0
 
 
 @on_hosts

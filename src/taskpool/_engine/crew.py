@@ -142,7 +142,7 @@ class Crew:
     def ready(self, worker: WorkerHandle) -> None:
         """A worker can take tasks."""
         self._failed_starts = 0
-        self._was_ready = True
+        self._was_ready = worker.explained = True
         if worker.state == STARTING:
             worker.state = SERVING
             self.make_idle(worker)
@@ -151,6 +151,7 @@ class Crew:
 
     def not_ready(self, worker: WorkerHandle, error: EncodedError) -> None:
         """A worker's initializer raised."""
+        worker.explained = True
         self._start_failed(error)
         self.expect_end(worker)
 
@@ -268,6 +269,7 @@ class Crew:
 
     def kill(self, worker: WorkerHandle) -> None:
         """End a worker's process group, whatever it does."""
+        worker.explained = True
         self.expect_end(worker)
         worker.end_by = now() + END_TIME
         worker.channel.end_life()
@@ -302,12 +304,11 @@ class Crew:
             return
         if worker.process is not None and worker.process.fd is not None:
             self._loop.unwatch(worker.process.fd)
-        was_starting = worker.state == STARTING
         self.remove_from_idle(worker)
         worker.state = DYING
         worker.since = now()
         self._hub.read(worker)
-        if was_starting and worker.state == DYING:
+        if not worker.explained:
             self._died_before_ready(worker)
         self._counts.replaced += self._hub.is_open and not worker.retiring
         known = self._host.exitcode(worker)

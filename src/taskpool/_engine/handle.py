@@ -56,6 +56,7 @@ class WorkerHandle:
         self.process: ProcessHandle | None = None
         self.state = STARTING
         self.handed = True
+        self.explained = False  # it was ready, or what keeps it from that is known
         self.inflight: deque[Unit] = deque()
         self.stop: Stop | None = None
         self.since = now  # when it began to do what it does now: start, wait for a task, end
