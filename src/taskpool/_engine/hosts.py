@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from taskpool._engine import entry
 from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
+from taskpool.errors import WorkerCrashedError
 
 if TYPE_CHECKING:
     from taskpool._engine.crew import Crew
@@ -128,6 +129,7 @@ class TemplateHost(Host):
             return
         for kind, *values in received[0]:
             if kind == tpl.STARTED:
+                template.has_started = True
                 self._started(*values)
             elif kind == tpl.ENDED:
                 self._ended(*values)
@@ -170,7 +172,11 @@ class TemplateHost(Host):
         lost = [(number, worker) for number, worker in self._starting.items() if worker.hosted is template]
         for number, worker in lost:
             del self._starting[number]
-            self._crew.start_lost(worker)
+            if template.has_started:
+                self._crew.start_lost(worker)
+            else:
+                error = WorkerCrashedError("the template process ended before it could start a worker")
+                self._crew.start_failed(worker, error)
 
     def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """The template tells, if it lives."""
@@ -199,6 +205,7 @@ class _TemplateProcess:
         keep_from_children({ours.fileno()})
         ours.settimeout(CLOSE_TIME)  # it reads at once, unless it is stopped; then it is replaced
         self.line = tpl.Line(ours)
+        self.has_started = False  # whether it has ever started a worker
         self._identity = _identity()
         self._state: dict[str, Any] = _state()
         code = f"import sys; sys.path[:] = {self._state['path']!r}; from taskpool._engine.template import main; "

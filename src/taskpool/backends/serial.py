@@ -13,7 +13,7 @@ from typing import Any
 from taskpool._engine.units import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._task import Outcome, TaskFuture
+from taskpool._task import Failure, Outcome, TaskFuture
 from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.backends.local import (
     Alarms,
@@ -49,18 +49,24 @@ class SerialBackend(Backend):
         self._alarms = Alarms(setup.name)
         self._running: list[LocalRun] = []
         self._initialized = False
+        self._broken: BaseException | None = None  # what the initializer raised
         self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled"), 0)
 
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
         """Run a call now."""
-        self._initialize()
+        self._raise_if_broken()
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
+        self._initialize()
+        if self._broken is not None:
+            self._counts["failed"] += future.finish(Failure(_initializer_error(self._broken)))
+            return future
         self._run(LocalCall(future, fn, args, kwargs, options))
         return future
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Run items of a map now, until the time of the whole call is over."""
         self._initialize()
+        self._raise_if_broken()
         for index, item in enumerate(items, first):
             self._run(LocalItem(job, index, item), job.deadline)
 
@@ -68,9 +74,15 @@ class SerialBackend(Backend):
         if not self._initialized and self.setup.initializer is not None:
             try:
                 self.setup.initializer(*self.setup.initargs)
-            except Exception as cause:
-                raise InitializerError(f"the initializer failed: {type(cause).__name__}: {cause}") from cause
+            except BaseException as cause:
+                if isinstance(cause, KeyboardInterrupt):
+                    raise
+                self._broken = cause
         self._initialized = True
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise _initializer_error(self._broken)
 
     def _run(self, task: LocalTask, deadline: float | None = None) -> None:
         if not task.claim():
@@ -149,6 +161,12 @@ class SerialBackend(Backend):
     def stats(self) -> Stats:
         """Count tasks."""
         return Stats(workers=1, idle=int(not self._running), running=int(bool(self._running)), **self._counts)
+
+
+def _initializer_error(cause: BaseException) -> InitializerError:
+    error = InitializerError(f"the initializer failed: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 class LocalRun:
