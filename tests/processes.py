@@ -35,13 +35,20 @@ class Process:
         pid: Its id.
         parent: Its parent's id.
         state: One letter as in ps: R, S, D, T, Z...
-        command: Its command line.
     """
 
     pid: int
     parent: int
     state: str
-    command: str
+
+    @property
+    def command(self) -> str:
+        """Its command line; nothing once it has ended."""
+        return _bytes(f"/proc/{self.pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+
+    def __repr__(self) -> str:
+        """Show it with its command line."""
+        return f"<{self.pid} of {self.parent} {self.state} {self.command[:120]}>"
 
     @property
     def zombie(self) -> bool:
@@ -57,13 +64,24 @@ def table() -> list[Process]:
 
 def read(pid: int) -> Process | None:
     """Return one process, or None if there is none of that id."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    stat = _bytes(f"/proc/{pid}/stat")
+    if not stat:
         return None
-    state, parent = stat[stat.rindex(")") + 2 :].split()[:2]
-    return Process(pid, int(parent), state, command.strip()[:120])
+    state, parent = stat[stat.rindex(b")") + 2 :].split(maxsplit=2)[:2]
+    return Process(pid, int(parent), state.decode())
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        file = os.open(path, os.O_RDONLY)  # pathlib would take most of the time that an audit takes
+    except OSError:
+        return b""
+    try:
+        return os.read(file, 1 << 20)
+    except OSError:  # it ended meanwhile
+        return b""
+    finally:
+        os.close(file)
 
 
 def alive(pid: int) -> bool:
@@ -77,10 +95,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def descendants() -> list[Process]:
+def descendants(processes: list[Process] | None = None) -> list[Process]:
     """Return all processes below this one: `adopt_orphans` keeps those below it whose parent has ended."""
     children: dict[int, list[Process]] = {}
-    for process in table():
+    for process in table() if processes is None else processes:
         children.setdefault(process.parent, []).append(process)
     found: list[Process] = []
     pending = [os.getpid()]
@@ -94,14 +112,7 @@ def descendants() -> list[Process]:
 def marked(variable: str, value: str) -> list[Process]:
     """Return the living processes that were started with `variable` set to `value` in their environment."""
     wanted = f"{variable}={value}".encode()
-    return [process for process in table() if not process.zombie and wanted in _environment(process.pid)]
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
+    return [process for process in table() if not process.zombie and wanted in _bytes(f"/proc/{process.pid}/environ")]
 
 
 # ---------------------------------------------------------------------------------------------- orphans
@@ -126,12 +137,14 @@ def _remembering(start: Callable[..., int]) -> Callable[..., int]:
     return starting
 
 
-def reap_adopted() -> None:
-    """Reap orphans that have ended: on a usual system this is the work of process 1."""
-    _own.intersection_update(process.pid for process in table())
-    for process in table():
-        if process.zombie and process.parent == os.getpid() and process.pid not in _own:
-            os.waitpid(process.pid, os.WNOHANG)
+def reap_adopted() -> list[Process]:
+    """Reap orphans that have ended, which on a usual system is the work of process 1; return all other processes."""
+    processes = table()
+    _own.intersection_update([process.pid for process in processes])
+    adopted = [p for p in processes if p.zombie and p.parent == os.getpid() and p.pid not in _own]
+    for process in adopted:
+        os.waitpid(process.pid, os.WNOHANG)
+    return [process for process in processes if process not in adopted]
 
 
 # ---------------------------------------------------------------------------------------------- leaks
@@ -162,9 +175,8 @@ class Census:
 
 def census() -> Census:
     """Count what exists now."""
-    reap_adopted()
     return Census(
-        {process.pid: process for process in descendants()},
+        {process.pid: process for process in descendants(reap_adopted())},
         dict(_threads()),
         dict(_descriptors()),
         {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set(),
@@ -192,14 +204,14 @@ def of_strangers(name: str) -> bool:
     if name.startswith("sem."):
         return not name.startswith(f"sem.{_SEMAPHORES}")
     ours = {os.getpid(), *(process.pid for process in descendants())}
-    return any(process.pid not in ours and f"/dev/shm/{name}" in _mapped(process.pid) for process in table())
+    return any(process.pid not in ours and _maps(process.pid, name) for process in table())
 
 
-def _mapped(pid: int) -> str:
+def _maps(pid: int, name: str) -> bool:
     try:
-        return Path(f"/proc/{pid}/maps").read_text(errors="replace")
+        return f"/dev/shm/{name}" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:
-        return ""
+        return False
 
 
 def leaks(before: Census, patience: float = 5.0) -> list[str]:

@@ -28,6 +28,7 @@ from tests.helpers import (
     lines,
     on_all,
     on_hosts,
+    on_one_host,
     outcome,
     wait_until,
 )
@@ -81,7 +82,7 @@ def expect_all_fail(executor: taskpool.Executor, notes: Path) -> list[taskpool.I
 
 
 @pytest.mark.core
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("way", [*RAISES, *DIES])
 def test_an_initializer_that_fails(pool: Make, tmp_path: Path, way: str) -> None:
     """Each waiting future and each later submit gets InitializerError; the reason travels along."""
@@ -94,7 +95,7 @@ def test_an_initializer_that_fails(pool: Make, tmp_path: Path, way: str) -> None
 
 
 @pytest.mark.core
-@on_hosts
+@on_one_host
 @pytest.mark.parametrize("way", HANGS)
 def test_an_initializer_that_hangs(pool: Make, tmp_path: Path, way: str) -> None:
     """`start_timeout` bounds the initializer as well."""
@@ -103,6 +104,16 @@ def test_an_initializer_that_hangs(pool: Make, tmp_path: Path, way: str) -> None
     with at_most(8, "failing"):
         errors = expect_all_fail(executor, tmp_path / "starts")
     assert "0.6" in str(errors[0])
+
+
+@on_hosts
+@pytest.mark.parametrize("way", ["raises", "is killed", "holds the GIL"])
+def test_an_initializer_that_fails_on_each_host(pool: Make, tmp_path: Path, way: str) -> None:
+    """Each host is told of a start that failed, died or hangs."""
+    initargs = (tmp_path / "starts", "start", *(RAISES | DIES | HANGS)[way])
+    executor = pool(2, initializer=tasks.note_then, initargs=initargs, start_timeout=1.5, grace=0.1)
+    with at_most(10, "failing"):
+        expect_all_fail(executor, tmp_path / "starts")
 
 
 @pytest.mark.parametrize("backend", [THREAD, SERIAL], ids=str)
@@ -115,7 +126,7 @@ def test_an_initializer_that_fails_without_processes(pool: Make, tmp_path: Path,
     assert "no disk" in "".join(traceback.format_exception(errors[0]))
 
 
-@on_hosts
+@on_one_host
 def test_what_the_error_is(pool: Make) -> None:
     """It is a BrokenProcessPool as well, its cause is the initializer's exception, and that one's the remote traceback."""
     executor = pool(1, initializer=tasks.fail, initargs=(ValueError, "no disk"))
@@ -126,7 +137,7 @@ def test_what_the_error_is(pool: Make) -> None:
     assert type(error.__cause__.__cause__).__name__ == "_RemoteTraceback"
 
 
-@on_hosts
+@on_one_host
 def test_waiters_are_told(pool: Make) -> None:
     """`wait` and callbacks see the failure, as `result` does."""
     executor = pool(2, initializer=tasks.fail, initargs=(ValueError, "no disk"))
@@ -159,7 +170,7 @@ def test_replacements_that_cannot_start(pool: Make, tmp_path: Path) -> None:
     assert 3 <= len(lines(tmp_path / "starts")) <= 4
 
 
-@on_hosts
+@on_one_host
 def test_a_start_that_fails_once(pool: Make, tmp_path: Path) -> None:
     """A single failure among replacements is tried again, and no task notices."""
     executor = pool(1, initializer=states.fail_first, initargs=(tmp_path / "block",))
@@ -194,7 +205,7 @@ def test_what_an_initializer_did_is_there(pool: Make) -> None:
     assert [future.result(20) for future in [executor.submit(states.kept) for _ in range(4)]] == [["a", 1, [None]]] * 4
 
 
-@on_hosts
+@on_one_host
 def test_task_limits_do_not_count_the_start(pool: Make) -> None:
     """A slow initializer takes nothing of a task's own time."""
     executor = pool(1, initializer=tasks.spin, initargs=(0.6,), task_timeout=0.4)
@@ -249,6 +260,7 @@ def test_queues_and_locks_reach_replacements(backend: Backend, pool: Make) -> No
     assert type(outcome(executor.submit(tasks.kill_itself))) is taskpool.WorkerCrashedError
     executor.submit(states.put_in_kept_queue, "after").result(20)
     assert bounded(queue.get)[1] == "after"
+    bounded(executor.shutdown)
     queue.close()
 
 

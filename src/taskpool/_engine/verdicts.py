@@ -62,6 +62,8 @@ def not_ready(reason: BaseException | EncodedError, *, has_initializer: bool) ->
     """No worker can be made ready. A new exception each time: one object on many futures would mix their tracebacks."""
     cause = reason.decode()[1] if isinstance(reason, EncodedError) else reason
     what = "the initializer failed" if has_initializer else "no worker can be started"
+    if isinstance(cause, WorkerCrashedError):  # ours: it says nothing that is not said here
+        return InitializerError(f"{what}: {cause}")
     error = InitializerError(f"{what}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
