@@ -45,9 +45,10 @@ def check_limit(value: object, name: str = "task_timeout") -> float | None:
         TypeError: If it is not a number.
         ValueError: If it is NaN, zero or negative.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+    seconds = check_seconds(value, name)
+    if seconds is not None and seconds <= 0:
         raise ValueError(f"{name} must be greater than 0 seconds, not {value!r}; None means no limit")
-    return check_seconds(value, name)
+    return seconds
 
 
 def check_count(value: Any, name: str, *, none: bool = True) -> int | None:

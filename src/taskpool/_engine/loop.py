@@ -15,6 +15,8 @@ from taskpool._engine.channel import close_kept, keep_from_children
 
 now = time.monotonic
 
+LONGEST_WAIT = 3600.0  # seconds
+
 
 class Loop:
     """Waits for descriptors, for the next deadline, and for calls from other threads; one thread turns it.
@@ -81,7 +83,8 @@ class Loop:
         self._asleep = True
         # Whoever posts looks at `_asleep` after the append; so either it is seen here or the pipe wakes us.
         timeout = 0.0 if self._inbox else max(0.0, self.wake_at - now())
-        ready = self._selector.select(None if timeout == math.inf else timeout)
+        # The system's own calls take no more than some weeks; a turn in between costs nothing.
+        ready = self._selector.select(None if timeout == math.inf else min(timeout, LONGEST_WAIT))
         self._asleep = False
         for key, _events in ready:
             if key.fd not in self._unwatched:
