@@ -64,8 +64,8 @@ def map(  # noqa: A001  (it is named for what it does)
     """
     executor = default_executor(max_workers, backend)
     options = {} if task_timeout is None else {"task_timeout": task_timeout}
-    results = executor.options(**options).map(fn, *iterables, timeout=timeout, chunksize=chunksize)
-    return list(results)
+    view = executor.options(**options)
+    return view._start_map(fn, iterables, timeout=timeout, chunksize=chunksize).as_list()
 
 
 def _start_afresh() -> None:

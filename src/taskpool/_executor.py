@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as _StandardExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from taskpool._map import MapJob, MapResults
+from taskpool._map import MapBackend, MapJob, MapResults
 from taskpool._options import (
     TaskOptions,
     check_callable,
@@ -92,6 +92,17 @@ class Calls:
             ValueError: If `chunksize` or `buffersize` is less than 1.
             RuntimeError: If the executor was shut down.
         """
+        return iter(self._start_map(fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize))
+
+    def _start_map(
+        self,
+        fn: Callable[..., Any],
+        iterables: tuple[Iterable[Any], ...],
+        *,
+        timeout: float | None,
+        chunksize: int | None,
+        buffersize: int | None = None,
+    ) -> MapResults:
         check_callable(fn, "fn")
         seconds = check_seconds(timeout, "timeout")
         chunk = check_count(chunksize, "chunksize")
@@ -100,9 +111,9 @@ class Calls:
             raise TypeError("map needs at least one iterable")
         self._executor._check_open()
         job = MapJob(fn, star=len(iterables) > 1, options=self._options, chunksize=chunk)
-        return self._executor._track(
-            MapResults(self._executor._feeder(), job, _zipped(iterables), timeout=seconds, buffersize=window)
-        )
+        results = MapResults(_Feeder(self._executor), job, _zipped(iterables), timeout=seconds, buffersize=window)
+        self._executor._maps.add(results)
+        return results
 
     def options(self, **changes: Any) -> View:
         """Return a view on the same executor, with other options for the tasks that are submitted through it.
@@ -305,13 +316,6 @@ class Executor(Calls, _StandardExecutor):
                 "was forked from it: make a new Executor here"
             )
 
-    def _feeder(self) -> Any:
-        return _Feeder(self)
-
-    def _track(self, results: MapResults) -> MapResults:
-        self._maps.add(results)
-        return results
-
     def _finish_maps(self, deadline: float | None) -> None:
         for results in list(self._maps):
             results.finish_reading(deadline)
@@ -331,7 +335,7 @@ class Executor(Calls, _StandardExecutor):
         return ended
 
 
-class _Feeder:
+class _Feeder(MapBackend):
     """What a map gets of its executor: as long as somebody iterates, the executor must not be dropped."""
 
     def __init__(self, executor: Executor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -101,8 +101,8 @@ class MapBackend:
         raise NotImplementedError
 
 
-class MapResults(Iterator[Any]):
-    """The iterator that `Executor.map` returns: results in the order of the input.
+class MapResults:
+    """One map: reads its input ahead, and hands out the results in the order of the input.
 
     Args:
         backend: Who runs the items.
@@ -126,9 +126,8 @@ class MapResults(Iterator[Any]):
         self._sized = hasattr(source, "__len__")
         self._read = 0  # items taken from the input
         self._next = 0  # the item that is due
-        self._values: list[Any] = []  # the rest of the group that is being handed out, the next one last
         self._input_error: BaseException | None = None
-        self._exhausted = self._begun = self._closed = False
+        self._exhausted = self._closed = False
         self._feed()
 
     # Input
@@ -183,27 +182,41 @@ class MapResults(Iterator[Any]):
 
     # Output
 
-    def __iter__(self) -> MapResults:
-        return self
-
-    def __next__(self) -> Any:
-        """Return the next result.
+    def __iter__(self) -> Generator[Any]:
+        """Hand out the results; a generator, so that each costs little, and that ends the map when it is dropped.
 
         Raises:
             CallTimeoutError: If the map's timeout has passed; what it had started is stopped.
             Exception: The item's own error; what the map had started is stopped.
         """
-        self._begun = True
-        if self._values:
-            return self._values.pop()  # what was handed out is not kept
-        if self._closed:
-            raise StopIteration
-        self._feed()
-        if self._next >= self._read:
-            self._end()
-        return self._take_group()
+        try:
+            while values := self._next_group():
+                values.reverse()
+                while values:
+                    yield values.pop()  # what was handed out is not kept
+        finally:
+            self._close(stop=False)
 
-    def _take_group(self) -> Any:
+    def as_list(self) -> list[Any]:
+        """Return all results at once. Raises what iterating would raise."""
+        results: list[Any] = []
+        try:
+            while values := self._next_group():
+                results += values
+        finally:
+            self._close(stop=False)
+        return results
+
+    def _next_group(self) -> list[Any]:
+        """Return the next results; none at the end."""
+        self._feed()
+        if self._next < self._read:
+            return self._take_group()
+        if self._input_error is not None:
+            raise self._input_error
+        return []
+
+    def _take_group(self) -> list[Any]:
         try:
             group = self._job.take(self._next, self._deadline)
             if group is None:
@@ -216,15 +229,7 @@ class MapResults(Iterator[Any]):
             self._close(stop=True)
             raise
         self._next += count
-        self._values = values[::-1]
-        return self._values.pop()
-
-    def _end(self) -> None:
-        self._closed = True
-        error, self._input_error = self._input_error, None
-        if error is not None:
-            raise error
-        raise StopIteration
+        return values  # type: ignore[no-any-return]
 
     def _timed_out(self) -> CallTimeoutError:
         finished = self._job.finished
@@ -235,18 +240,9 @@ class MapResults(Iterator[Any]):
             finished=finished,
         )
 
-    def close(self) -> None:
-        """End the iteration: items that have not started never will."""
-        self._close(stop=False)
-
     def _close(self, *, stop: bool) -> None:
+        """End the map: items that have not started never will; what runs is stopped or may finish."""
         if not self._closed:
             self._closed = True
-            self._values = []
             self._job.cancel()
             self._backend.cancel_job(self._job, stop=stop)
-
-    def __del__(self) -> None:
-        # As with the standard library's generator: one that was begun and dropped does not start the rest.
-        if getattr(self, "_begun", False):
-            self.close()

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from concurrent.futures._base import RUNNING as _RUNNING
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskpool._options import check_seconds
 
@@ -93,6 +95,9 @@ class Owner(Protocol):
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run a future's callbacks on a thread where they may block."""
 
+    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """A thread begins to wait for the future: resolve it in that thread, if there is a short way to its outcome."""
+
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """The future's task has left the queue: it was sent, cancelled or refused."""
 
@@ -106,11 +111,30 @@ class TaskFuture(Future[T]):
     """
 
     def __init__(self, owner: Owner | None = None, name: str = "") -> None:
-        super().__init__()
+        # The fields of the base class, without its __init__: that makes a condition, which costs a quarter of a submit,
+        # and which most futures never need. A test compares the fields with those of the running Python.
+        self._lock = threading.RLock()
+        self._lazy_condition: threading.Condition | None = None
+        self._state: str = QUEUED
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Future[T]], object]] = []
         self._owner = owner
         self._outcome: Outcome | None = None
         self.task_name: str = name
         self.has_slot: bool = False  # whether the task counts against max_pending
+        self.place: Any = None  # what the backend notes about where it runs
+
+    if not TYPE_CHECKING:  # for type checkers it stays the attribute that it is in the base class
+
+        @property
+        def _condition(self) -> threading.Condition:
+            if self._lazy_condition is None:
+                with self._lock:
+                    if self._lazy_condition is None:
+                        self._lazy_condition = threading.Condition(self._lock)
+            return self._lazy_condition
 
     # What the caller may do
 
@@ -121,7 +145,7 @@ class TaskFuture(Future[T]):
             False if the task is already done. True otherwise; for a running task that means "stop requested": the
             future resolves soon after, with `CancelledError`, or with the result if it was already written.
         """
-        with self._condition:
+        with self._lock:
             if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
                 return True
             if self._state == DONE:
@@ -166,7 +190,7 @@ class TaskFuture(Future[T]):
                 raise self._exception
             finally:
                 self = None  # type: ignore[assignment]  # the traceback would keep the future alive in a cycle
-        return self._result  # type: ignore[return-value]
+        return self._result  # type: ignore[no-any-return]
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the task's error, or None if it has a result. Arguments and errors as in `result`."""
@@ -180,7 +204,12 @@ class TaskFuture(Future[T]):
 
     def _wait(self, timeout: float | None) -> None:
         seconds = check_seconds(timeout, "timeout")
-        with self._condition:
+        if self.place is not None and self._owner is not None:
+            began = time.monotonic()
+            self._owner.collect(self, seconds)
+            if seconds is not None:
+                seconds = max(0.0, began + seconds - time.monotonic())
+        with self._lock:
             if not self._is_resolved():
                 self._condition.wait_for(self._is_resolved, seconds)
             if self._state == DONE:
@@ -199,7 +228,7 @@ class TaskFuture(Future[T]):
         if outcome is None:
             return
         value, error = outcome.decode()
-        with self._condition:
+        with self._lock:
             if self._outcome is not None:
                 self._outcome = None
                 self._result, self._exception = value, error
@@ -208,7 +237,7 @@ class TaskFuture(Future[T]):
         # Python 3.14 and newer: how asyncio copies a future's state.
         if self._state == DONE:
             self._decode()
-        with self._condition:
+        with self._lock:
             cancelled = self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
             done = cancelled or self._state == DONE
             return done, cancelled, self._result if done and not cancelled else None, self._exception
@@ -217,7 +246,7 @@ class TaskFuture(Future[T]):
 
     def set_running_or_notify_cancel(self) -> bool:
         """Mark the task as sent; return False if it was cancelled before."""
-        with self._condition:
+        with self._lock:
             return self._step("send")
 
     def take_back(self) -> bool:
@@ -226,7 +255,7 @@ class TaskFuture(Future[T]):
         Returns:
             False if the caller has cancelled it meanwhile; the future is then resolved.
         """
-        with self._condition:
+        with self._lock:
             stopping = self._state == STOPPING
             self._step("take_back")
         if stopping:
@@ -235,7 +264,7 @@ class TaskFuture(Future[T]):
 
     def finish(self, outcome: Outcome) -> bool:
         """Resolve the future; return False if it was resolved before."""
-        with self._condition:
+        with self._lock:
             resolved = self._resolve("finish", outcome)
         if resolved:
             self._hand_out_callbacks()
@@ -243,7 +272,7 @@ class TaskFuture(Future[T]):
 
     def finish_cancelled(self) -> bool:
         """Resolve the future as cancelled; return False if it was resolved before."""
-        with self._condition:
+        with self._lock:
             resolved = self._resolve("cancel", None)
         if resolved:
             self._hand_out_callbacks()
@@ -253,7 +282,7 @@ class TaskFuture(Future[T]):
         """Return whether the task had a place in the queue that is now to be freed; true only once."""
         if not self.has_slot:
             return False
-        with self._condition:
+        with self._lock:
             had, self.has_slot = self.has_slot, False
         return had
 
@@ -268,6 +297,7 @@ class TaskFuture(Future[T]):
         if not self._step(event):
             return False
         self._outcome = outcome
+        self.place = None
         for waiter in self._waiters:
             if outcome is None:
                 waiter.add_cancelled(self)
@@ -275,11 +305,12 @@ class TaskFuture(Future[T]):
                 waiter.add_result(self)
             else:
                 waiter.add_exception(self)
-        self._condition.notify_all()
+        if self._lazy_condition is not None:
+            self._lazy_condition.notify_all()
         return True
 
     def _hand_out_callbacks(self) -> None:
-        if not self._done_callbacks:  # type: ignore[attr-defined]
+        if not self._done_callbacks:
             return
         if self._owner is None:
             self._invoke_callbacks()
@@ -287,7 +318,7 @@ class TaskFuture(Future[T]):
             self._owner.run_callbacks(self._invoke_callbacks)
 
     def _invoke_callbacks(self) -> None:
-        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+        for callback in self._done_callbacks:
             try:
                 callback(self)
             except BaseException:  # also SystemExit: a callback must not end the thread that runs everybody's

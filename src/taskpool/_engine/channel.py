@@ -19,6 +19,7 @@ import mmap
 import os
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,7 +34,10 @@ PAGE_SIZE = 64 * 1024
 # The words of the page. The worker writes the first four, the parent the last two.
 UNIT, ITEM, STARTED, PHASE, INTERRUPT, INTERRUPT_ITEM = range(6)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
+BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
+
+READ = 64 * 1024  # bytes that are read at once between large frames
 
 _FILLING = memoryview(bytes(PACKET))
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -185,7 +189,9 @@ class Channel:
         self.has_life = True  # whether the life pipe's writing end is open
         self._reader = wire.FrameReader()
         self._sending: list[memoryview] = []
+        self._fetched: deque[bytes] = deque()  # read, and not looked at yet
         self.received = 0
+        self.is_open = True
 
     # Sending
 
@@ -275,9 +281,13 @@ class Channel:
             room = self._reader.room()
             data = b""
             try:
-                if room is None:
-                    data = os.read(self.results, 64 * 1024)
+                if self._fetched:
+                    data, room, again = self._fetched.popleft(), None, True
                     size = len(data)
+                elif room is None:
+                    data = os.read(self.results, READ)
+                    size = len(data)
+                    again = size == READ
                 else:
                     size = os.readv(self.results, [room[: 1 << 20]])
             except BlockingIOError:
@@ -287,10 +297,37 @@ class Channel:
             self.received += size
             if room is None:
                 yield from self._reader.feed(data)
-                if size < 64 * 1024 and self._reader.room() is None:
+                if not again and self._reader.room() is None:
                     return
             elif (frame := self._reader.filled(size)) is not None:
                 yield frame
+
+    def fetch(self) -> None:
+        """Read what has arrived, for `only_frame`; what that does not take stays for `receive`.
+
+        In one call of C code, so that no signal handler can come between reading and keeping.
+
+        Raises:
+            BlockingIOError: If nothing has arrived.
+        """
+        self._fetched.extend(map(os.read, (self.results,), (READ,)))
+
+    def only_frame(self) -> Frame | None:
+        """Return the fetched frame if it is whole and all that there is; it stays until `drop_only_frame`.
+
+        Raises:
+            BadFrameError: If what arrived is not a frame.
+        """
+        if len(self._fetched) == 1 and self._reader.is_empty():
+            data = self._fetched[0]
+            head = wire.parse_head(data, wire.WORKER_TO_PARENT)
+            if head is not None and head[2] + sum(head[1]) == len(data):
+                return wire.make_frame(head[0], head[1], data[head[2] :])
+        return None
+
+    def drop_only_frame(self) -> None:
+        """Forget the fetched frame: it has been dealt with."""
+        self.received += len(self._fetched.popleft())
 
     def end_life(self) -> None:
         """Close the writing end of the life pipe: the kernel kills the worker's process group."""
@@ -300,6 +337,7 @@ class Channel:
 
     def close(self) -> None:
         """Close everything of the parent's. The end of the life pipe kills what is left of the worker's group."""
+        self.is_open = False
         self.worker_end.close()
         self.end_life()
         for fd in (self.tasks, self.results, self.life_r, self.unread):

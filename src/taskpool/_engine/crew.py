@@ -199,10 +199,10 @@ class Crew:
             self.retire(worker)
             return
         worker.since = now()
-        worker.handed = False
+        worker.turn += 1
         self.idle.append(worker)
         if self._settings.idle_timeout is not None:
-            self._loop.wake_by(worker.since + self._settings.idle_timeout)
+            self._loop.look_by(worker.since + self._settings.idle_timeout)
 
     def take_idle(self) -> WorkerHandle | None:
         """Take a worker that waits, the one that has waited least."""
@@ -210,7 +210,7 @@ class Crew:
             worker = self.idle.pop()
         except IndexError:
             return None
-        worker.handed = True
+        worker.handed_turn = worker.turn
         return worker
 
     def remove_from_idle(self, worker: WorkerHandle) -> bool:
@@ -219,7 +219,7 @@ class Crew:
             self.idle.remove(worker)
         except ValueError:
             return False
-        worker.handed = True
+        worker.handed_turn = worker.turn
         return True
 
     def take_returned(self, worker: WorkerHandle) -> None:
@@ -345,6 +345,8 @@ class Crew:
             late = self._host.exitcode(worker)
             worker.exitcode = None if late is PENDING else late  # type: ignore[assignment]
         self.workers.discard(worker)
+        self._counts.finished += worker.finished
+        self._counts.failed += worker.failed
         self.remove_from_idle(worker)
         self._settle(worker)
         for fd in (worker.channel.results, worker.channel.tasks):

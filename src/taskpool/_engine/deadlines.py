@@ -149,19 +149,18 @@ class Deadlines:
             self._crew.bury(worker)
 
     def _act_on_serving(self, worker: WorkerHandle, time_now: float) -> None:
+        running = worker.running()  # read once: the next item may begin at any moment
         if not worker.inflight:
             if self._crew.remove_from_idle(worker):
                 worker.retiring = True
                 self._crew.retire(worker)
         elif worker.stop is not None:
             self._climb(worker)
-        elif worker.running() is None and time_now >= worker.since + PICK_UP:
+        elif running is None and time_now >= worker.since + PICK_UP:
             logger.warning("worker %s does not take its task; it is replaced", worker.index)
             self._take_back(worker)
             self._crew.kill(worker)
-        elif worker.limit_due(time_now) <= time_now:
-            running = worker.running()
-            if running is not None:
-                self._begin(worker, Stop(running[0], running[1], timed_out=True))
+        elif running is not None and worker.limit_due(running, time_now) <= time_now:
+            self._begin(worker, Stop(running.unit, running.item, timed_out=True))
         elif len(worker.inflight) > 1:
             self._take_back(worker)  # they wait behind a task that turned out to be long

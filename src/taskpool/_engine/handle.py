@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 
 from taskpool._engine import wire
-from taskpool._engine.channel import INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
+from taskpool._engine.channel import BETWEEN, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
 from taskpool._engine.stop import ProcessHandle
 from taskpool._engine.units import Range, Unit
 
@@ -43,11 +43,21 @@ class Stop:
     due: float = 0.0
 
 
+class Running(NamedTuple):
+    """What a worker runs at a moment. The item is BETWEEN two items of a range for as long as none has begun."""
+
+    unit: Unit
+    item: int
+    started: float
+    phase: int
+
+
 class WorkerHandle:
     """One worker: its channel, its process, and the units that are out with it, in the order of sending.
 
     A worker that is idle stands in the dispatcher's deque of idle workers. Whoever takes it from there, the dispatcher
-    or a thread in `submit`, owns it; a submitting thread says that it is done with it by `handed`.
+    or a thread in `submit`, owns it. Each stay there is a turn; whoever ends it notes that it is done with the worker
+    by the turn's number, so that a thread that is late with this does not speak for the one that came after it.
     """
 
     def __init__(self, index: int, now: float) -> None:
@@ -55,13 +65,16 @@ class WorkerHandle:
         self.channel = Channel()
         self.process: ProcessHandle | None = None
         self.state = STARTING
-        self.handed = True
+        self.turn = 0  # how often it began to wait for work
+        self.handed_turn = 0  # the last one whose end was noted
         self.explained = False  # it was ready, or what keeps it from that is known
         self.inflight: deque[Unit] = deque()
         self.stop: Stop | None = None
         self.since = now  # when it began to do what it does now: start, wait for a task, end
         self.received = 0  # bytes from it when a deadline was last looked at
         self.served = 0
+        self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
+        self.failed = 0  # ... with an error
         self.retiring = False
         self.exitcode: int | None = None
         self.exitcode_due = False  # whether the host has yet to tell it
@@ -77,6 +90,11 @@ class WorkerHandle:
     def pid(self) -> int | None:
         """Its process id, once it is known."""
         return self.process.pid if self.process is not None else None
+
+    @property
+    def handed(self) -> bool:
+        """Whether no thread has it in its hands between being idle and being busy."""
+        return self.handed_turn == self.turn
 
     def give(self, unit: Unit) -> bool:
         """Send a unit whose frame fits into a packet; False, and nothing happened, if the pipe is full."""
@@ -121,21 +139,29 @@ class WorkerHandle:
         # Filled up when half of it is done: one write for many, not one for each outcome.
         return max(depth, 1) - waiting if waiting <= depth // 2 else 0
 
-    def finished_one(self, seconds: float, now: float) -> None:
+    def count(self, *, ok: bool) -> None:
+        """Count an outcome that was taken past the dispatcher."""
+        if ok:
+            self.finished += 1
+        else:
+            self.failed += 1
+
+    def finished_one(self, seconds: float) -> None:
         """Note that the unit at the head is done."""
         self.inflight.popleft()
         self.served += 1
-        self.since = now
+        self.since = time.monotonic()
         known = self.seconds
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds
 
-    def running(self) -> tuple[Unit, int, float, int] | None:
-        """Return (unit, item, start, phase) of what it runs, or None: before a start, and behind an end."""
+    def running(self) -> Running | None:
+        """Return what it runs, or None: before a start, and behind an end."""
         if not self.inflight:
             return None
         unit, item, started, phase = self.channel.page.current()
         head = self.inflight[0]
-        return (head, item, started, phase) if unit == head.id and head.begun(item) else None
+        has_begun = unit == head.id and (item == BETWEEN or head.begun(item))
+        return Running(head, item, started, phase) if has_begun else None
 
     def write_interrupt(self, stop: Stop) -> None:
         """Write what shall be interrupted into the page: the item first, so that the pair is never mixed."""
@@ -143,19 +169,18 @@ class WorkerHandle:
         words[INTERRUPT_ITEM] = stop.item
         words[INTERRUPT] = stop.unit.id
 
-    def limit_due(self, now: float) -> float:
-        """When the running item passes its limit; later than now where there is none or nothing runs."""
-        running = self.running()
-        if running is None or running[0].options.task_timeout is None:
+    def limit_due(self, running: Running, now: float) -> float:
+        """When the running item passes its limit; later than now where there is none."""
+        limit = running.unit.options.task_timeout
+        if limit is None:
             return math.inf
-        unit, _item, started, phase = running
-        limit = unit.options.task_timeout
-        assert limit is not None
-        if phase == WRITING and started + limit <= now and self.received != self.channel.received:
+        if running.item == BETWEEN:
+            return now + min(limit, AHEAD)
+        if running.phase == WRITING and running.started + limit <= now and self.received != self.channel.received:
             # It has run within its limit and its result is on its way. Only if that stands still it must end.
             self.received = self.channel.received
-            return now + max(unit.options.grace, AHEAD)
-        return started + limit
+            return now + max(running.unit.options.grace, AHEAD)
+        return running.started + limit
 
     def next_due(self, now: float) -> float:
         """When a look at this serving worker is due next."""
@@ -164,7 +189,7 @@ class WorkerHandle:
         if not self.inflight:
             return math.inf
         running = self.running()
-        due = self.since + PICK_UP if running is None else self.limit_due(now)
+        due = self.since + PICK_UP if running is None else self.limit_due(running, now)
         if len(self.inflight) > 1:
             due = min(due, max(self.since + AHEAD, now + AHEAD / 4))
         return due

@@ -620,6 +620,10 @@ class _HostingPool:
 
 def make_context(mp_context: Any) -> BaseContext:
     """Return the multiprocessing context that a user named or passed."""
-    if mp_context is None or isinstance(mp_context, str):
-        return get_context(mp_context)
-    return mp_context  # type: ignore[no-any-return]
+    context: BaseContext = get_context(mp_context) if mp_context is None or isinstance(mp_context, str) else mp_context
+    if context.get_start_method() == "fork":
+        # What every worker needs, once here instead of in each of them.
+        import faulthandler  # noqa: F401
+
+        import taskpool._engine.worker  # noqa: F401
+    return context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import selectors
 import time
 from collections import deque
@@ -30,6 +31,7 @@ class Loop:
         self._refuse = refuse
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._selector = selectors.DefaultSelector()
+        self._epoll = _share(self._selector)
         self._unwatched: set[int] = set()  # in this turn: what was reported for them no longer counts
         self._asleep = self._closed = False
         self._wake_r, self._wake_w = os.pipe()
@@ -53,6 +55,13 @@ class Loop:
             with contextlib.suppress(OSError):  # full: it wakes anyway; closed: it has ended
                 os.write(self._wake_w, b"\0")
 
+    def look_by(self, due: float) -> None:
+        """Have the loop turn again at the monotonic time `due` at the latest."""
+        # The loop's thread sets `wake_at` to infinity before it looks for deadlines, so it either sees the new one
+        # there or is seen here to sleep too long.
+        if due < self.wake_at:
+            self.post(self.wake_by, due)
+
     def __len__(self) -> int:
         """How many calls wait."""
         return len(self._inbox)
@@ -73,19 +82,35 @@ class Loop:
             self._selector.unregister(fd)
             self._unwatched.add(fd)
 
+    def pause(self, fd: int) -> None:
+        """Do not report that `fd` is readable. Also from another thread, if nothing unwatches `fd` meanwhile."""
+        if self._epoll is not None:
+            with contextlib.suppress(FileNotFoundError):  # its watch has ended
+                self._epoll.modify(fd, 0)  # the end of a pipe is reported all the same
+
+    def resume(self, fd: int) -> None:
+        """End a pause. Also from another thread, if nothing unwatches `fd` meanwhile."""
+        if self._epoll is not None:
+            with contextlib.suppress(FileNotFoundError):  # its watch has ended
+                self._epoll.modify(fd, select.EPOLLIN)
+
     def wake_by(self, due: float) -> None:
         """Turn again at the monotonic time `due` at the latest."""
         self.wake_at = min(self.wake_at, due)
 
-    def turn(self) -> None:
-        """Wait until something happens, and call what is to be called."""
-        self._unwatched.clear()
+    def wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait until something happens; return the descriptors that are ready."""
         self._asleep = True
         # Whoever posts looks at `_asleep` after the append; so either it is seen here or the pipe wakes us.
         timeout = 0.0 if self._inbox else max(0.0, self.wake_at - now())
         # The system's own calls take no more than some weeks; a turn in between costs nothing.
         ready = self._selector.select(None if timeout == math.inf else min(timeout, LONGEST_WAIT))
         self._asleep = False
+        return ready
+
+    def call(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Call what is to be called for these descriptors, and what was posted."""
+        self._unwatched.clear()
         for key, _events in ready:
             if key.fd not in self._unwatched:
                 key.data()
@@ -103,6 +128,8 @@ class Loop:
         self._closed = True
         self._refuse_all()
         self._selector.close()
+        if self._epoll is not None:
+            self._epoll.close()
         for fd in (self._wake_r, self._wake_w):
             close_kept(fd)
 
@@ -110,3 +137,10 @@ class Loop:
         with contextlib.suppress(IndexError):
             while True:
                 self._refuse(*self._inbox.popleft())
+
+
+def _share(selector: selectors.BaseSelector) -> select.epoll | None:
+    """Return a second door to the selector's own epoll, which other threads may use; None where there is none."""
+    if hasattr(select, "epoll") and isinstance(selector, selectors.EpollSelector):
+        return select.epoll.fromfd(os.dup(selector.fileno()))
+    return None

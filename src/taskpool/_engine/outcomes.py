@@ -12,6 +12,7 @@ from taskpool.errors import NotSendableError, TaskPoolError, UnpickleError
 class EncodedValue:
     """A result, still pickled."""
 
+    __slots__ = ("_body",)
     ok = True
 
     def __init__(self, body: Pickled) -> None:

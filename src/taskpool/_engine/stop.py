@@ -189,14 +189,7 @@ def sweep_session(session: int) -> None:
     if not sys.platform.startswith("linux"):
         return
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != session and _session_of(entry) == session:
-            with contextlib.suppress(OSError):
-                os.kill(int(entry), signal.SIGKILL)
-
-
-def _session_of(pid: str) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[3])
-    except (OSError, IndexError, ValueError):
-        return None
+        if entry.isdigit() and int(entry) != session:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.getsid(int(entry)) == session:
+                    os.kill(int(entry), signal.SIGKILL)

@@ -141,7 +141,7 @@ class Template:
             from taskpool._engine.channel import WorkerEnd
             from taskpool._engine.worker import main
 
-            main(WorkerEnd(*channel))
+            main(WorkerEnd(*channel), signals_are_reset=True)
             _run_finalizers()
             code = 0
         except BaseException:
@@ -272,12 +272,18 @@ def main(fd: int, preload: list[str]) -> None:
     stop.reset_signals()
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)  # noqa: FBT003
+    # What every worker needs, once here instead of in each of them.
+    import faulthandler  # noqa: F401
+    import multiprocessing.process  # noqa: F401
+    import resource  # noqa: F401
+
     import taskpool._engine.worker
     import taskpool.logs  # noqa: F401
 
     template = Template(sock)
     if preload:
         _preload(template.line, preload)
+        stop.reset_signals()  # those that a module brought with it
     import gc
 
     gc.collect()

@@ -30,6 +30,8 @@ _OUTCOMES: dict[int, Callable[[Pickled], Outcome]] = {
 class Call:
     """One call of a function. It is its own unit of work, under one id for its whole life."""
 
+    __slots__ = ("_payload", "_small", "future", "id", "name", "options", "order", "priority")
+
     def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
         self.id = next(_ids)
         self.order = self.id
@@ -42,11 +44,12 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return _frame(wire.CALL, self.id, self._payload)
+        head = wire.frame_head(wire.CALL, self.id, self._payload, count=1)
+        return [head, self._payload.stream, *self._payload.buffers]
 
     def packet(self) -> bytes:
         """Return the frame as one piece."""
-        return b"".join(_frame(wire.CALL, self.id, self._payload))
+        return b"".join(self.frame())
 
     def is_small(self) -> bool:
         """Whether the frame fits into one packet."""
@@ -172,7 +175,15 @@ class Range:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return _frame(wire.RANGE, self.id, self.piece.payload, self.next, self.stop - self.next)
+        head = wire.frame_head(
+            wire.RANGE,
+            self.id,
+            self.piece.payload,
+            index=self.next,
+            count=self.stop - self.next,
+            seconds=self.options.task_timeout or 0.0,
+        )
+        return [head, self.piece.payload.stream, *self.piece.payload.buffers]
 
     def packet(self) -> bytes:
         """Return the frame as one piece."""
@@ -297,7 +308,3 @@ def name_of(fn: Any) -> str:
 
 def _is_small(payload: Pickled) -> bool:
     return not payload.buffers and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
-
-
-def _frame(kind: int, unit: int, payload: Pickled, index: int = 0, count: int = 1) -> list[Bytes]:
-    return [wire.frame_head(kind, unit, payload, index=index, count=count), payload.stream, *payload.buffers]

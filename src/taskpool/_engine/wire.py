@@ -274,6 +274,10 @@ class FrameReader:
         self._filled = 0
         self._head: tuple[tuple[Any, ...], tuple[int, ...]] = ((), ())
 
+    def is_empty(self) -> bool:
+        """Whether the next byte begins a frame."""
+        return not self._pending and self._large is None
+
     def room(self) -> memoryview | None:
         """Return where the next bytes of a large frame go, to be read into directly; None between large frames."""
         return None if self._large is None else memoryview(self._large)[self._filled :]

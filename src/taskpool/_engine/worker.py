@@ -18,6 +18,7 @@ from typing import Any
 from taskpool._engine import exceptions, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
+    BETWEEN,
     IDLE,
     INTERRUPT,
     INTERRUPT_ITEM,
@@ -34,7 +35,9 @@ from taskpool._engine.channel import (
 from taskpool._engine.wire import Frame, Pickled
 
 QUICK = 20e-6  # outcomes of items at least this long are written one by one
-GROUP = 1e-3  # ... and those of quicker ones in groups of at most about this long (seconds)
+GROUP = 0.8e-3  # ... and those of quicker ones in groups of about this long (seconds)
+LOOK = 10e-6  # items are run until so much time has passed, before it is asked how long that took and the group
+SOME = 100  # ... but no more than so many
 
 now = time.monotonic
 
@@ -256,7 +259,9 @@ class RangeRun:
         self.frame = frame
         self.index = frame.item  # the item that runs
         self.end = frame.item + frame.items
-        self.values: list[Any] = []  # of the items right before `index`
+        self._limited = frame.seconds > 0  # whether the parent looks at when an item started
+        self.first = frame.item  # the item of the first value in `values`
+        self.values: list[Any] = []
         self.group_started = 0.0
 
     def load(self) -> None:
@@ -273,10 +278,13 @@ class RangeRun:
         try:
             try:
                 interrupts.armed = self.frame.unit
-                self._run_items()
+                while self.index < self.end:
+                    self._run_some()
             finally:
                 interrupts.armed = 0
         except BaseException as error:
+            if worker._words[ITEM] != BETWEEN:
+                self.index = worker._words[ITEM]
             if interrupts.stack is not None:
                 outcome = worker._interrupted()
             else:
@@ -286,57 +294,60 @@ class RangeRun:
         else:
             self.flush()
 
-    def _run_items(self) -> None:
-        # The hot loop of every map: a mark before each item, so that after a death it is known which one ran; a look
-        # at the clock behind each, so that no outcome waits for a slow neighbour.
-        words, times, star, fn, values = self.worker._words, self.worker._times, self._star, self._fn, self.values
+    def _run_some(self) -> None:
+        # The hot loop of every map, so what it needs stands in local names. A mark before each item, so that after a
+        # death it is known which one ran; a look at the clock behind each, so that no outcome waits for a slow
+        # neighbour: items run until LOOK has passed, so if then much more has passed, the last one was slow.
+        words, times, fn, add, clock = self.worker._words, self.worker._times, self._fn, self.values.append, now
+        star, limited = self._star, self._limited
+        index = first = self.index
+        began = clock()
+        until = began + LOOK
+        for index, item in enumerate(self._items[first : min(first + SOME, self.end)], first):
+            if limited:
+                times[STARTED] = clock()
+            words[ITEM] = index
+            add(fn(*item) if star else fn(item))
+            if clock() >= until:
+                break
         interrupts = self.worker.interrupts
-        before = self.group_started
-        for item in self._items[self.index : self.end]:
-            times[STARTED] = before
-            words[ITEM] = self.index
-            value = fn(*item) if star else fn(item)
-            if interrupts.stack is not None:
-                raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
-            values.append(value)
-            self.index += 1
-            if interrupts.came:
-                self.end = self.index
-            after = now()
-            if after - before >= QUICK or after - self.group_started >= GROUP:
-                self.flush()
-                after = self.group_started = now()
-            before = after
+        if interrupts.stack is not None:
+            raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
+        self.index = index + 1
+        if interrupts.came:
+            self.end = self.index
+        ended = clock()
+        if ended - began >= QUICK or ended - self.group_started >= GROUP:
+            self.flush()
 
     def flush(self) -> None:
         """Write the values that are waiting, as one frame; each alone if together they cannot be pickled."""
         values = self.values
-        if not values:
-            return
+        del values[self.index - self.first :]  # of an item that was interrupted when it had just ended
         seconds = now() - self.group_started
-        first = self.index - len(values)
         interrupts = self.worker.interrupts
         armed, interrupts.armed = interrupts.armed, 0
+        if values:
+            self._write(seconds)
+        values.clear()
+        self.first = self.index
+        self.worker._words[ITEM] = BETWEEN  # an interrupt for the item that is written now comes too late
+        self.worker._words[PHASE] = RUNNING
+        self.group_started = now()
+        interrupts.armed = armed
+
+    def _write(self, seconds: float) -> None:
+        report, first, values = self.worker._report, self.first, self.values
         try:
             body = wire.dumps(values)
         except BaseException:
-            self._flush_singly(first)
+            self._write_singly()
         else:
-            self.worker._report(
-                wire.VALUES,
-                self.frame,
-                body,
-                index=first,
-                count=len(values),
-                started=self.group_started,
-                seconds=seconds,
-            )
-        values.clear()
-        self.worker._words[PHASE] = RUNNING
-        interrupts.armed = armed
+            started = self.group_started
+            report(wire.VALUES, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
 
-    def _flush_singly(self, first: int) -> None:
-        for index, value in enumerate(self.values, first):
+    def _write_singly(self) -> None:
+        for index, value in enumerate(self.values, self.first):
             try:
                 kind, body = wire.VALUES, wire.dumps([value])
             except BaseException as error:
@@ -348,6 +359,7 @@ class RangeRun:
         self.worker._report(kind, self.frame, body, index=self.index, started=self.group_started, seconds=seconds)
         self.worker._words[PHASE] = RUNNING
         self.index += 1
+        self.first = self.index
 
 
 def _flush() -> None:
@@ -359,17 +371,25 @@ def _flush() -> None:
         return
 
 
-def main(end: WorkerEnd, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()) -> None:
+def main(
+    end: WorkerEnd,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    *,
+    signals_are_reset: bool = False,
+) -> None:
     """Be a worker on this channel. Called in the main thread of a new process, for the rest of its life.
 
     Args:
         end: The worker's end of the channel.
         initializer: Called before the first task, if the host had to pass it itself.
         initargs: Its arguments.
+        signals_are_reset: Whether the process was forked from one that has no handlers of the parent.
     """
     stop.lead_own_group()
     channel = WorkerChannel(end)
-    stop.reset_signals()
+    if not signals_are_reset:
+        stop.reset_signals()
     stop.arm_life_pipe(channel.life)
     stop.write_stacks_to(channel.page_fd)
     worker = Worker(channel, initializer, initargs)

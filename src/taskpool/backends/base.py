@@ -93,14 +93,19 @@ class Slots:
         self._count = count
         self._places = None if count is None else threading.Semaphore(count)
 
-    def take(self, timeout: float | None, *, wait: bool) -> bool:
+    def take(self, timeout: float | None, is_own_thread: Callable[[], bool]) -> bool:
         """Wait for a place; return whether one was taken, which is not necessary without a bound.
+
+        Args:
+            timeout: The longest wait, in seconds.
+            is_own_thread: Tells whether the caller is a thread that frees places, which must not wait for one.
 
         Raises:
             QueueFullError: If there is none within `timeout` seconds, or at once where waiting could never end.
         """
         if self._places is None:
             return False
+        wait = not is_own_thread()
         if not (self._places.acquire(timeout=timeout) if wait else self._places.acquire(blocking=False)):
             within = f" within submit_timeout={timeout:g} seconds" if wait and timeout is not None else ""
             raise QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
@@ -122,6 +127,9 @@ class Backend(MapBackend):
         self.setup: Setup = setup
         self.workers: int = setup.max_workers
         self._slots = Slots(setup.max_pending)
+
+    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """A thread begins to wait for this future; there is nothing that it could do itself."""
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer."""

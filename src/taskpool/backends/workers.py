@@ -57,7 +57,7 @@ class WorkersBackend(Backend):
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = make_call(future, fn, args, kwargs, options)
         if call is not None:
-            future.has_slot = self._slots.take(options.submit_timeout, wait=not dispatcher.is_own_thread())
+            future.has_slot = self._slots.take(options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
         return future
 
@@ -86,6 +86,10 @@ class WorkersBackend(Backend):
         """Whether the task has started."""
         return self._dispatcher.is_running(future)
 
+    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """Take the outcome at the worker's own pipe, if the task was handed to it directly."""
+        self._dispatcher.collect(future, timeout)
+
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run callbacks on the callback thread."""
         self._dispatcher.callbacks.run(run)
@@ -112,13 +116,14 @@ class WorkersBackend(Backend):
         """Count workers and tasks."""
         serving, queued = self._dispatcher.snapshot()
         counts = self._dispatcher.counts
+        finished, failed = self._dispatcher.taken()
         return Stats(
             workers=len(serving),
             idle=serving.count(False),
             queued=queued,
             running=serving.count(True),
-            finished=counts.finished,
-            failed=counts.failed,
+            finished=counts.finished + finished,
+            failed=counts.failed + failed,
             timed_out=counts.timed_out,
             cancelled=counts.cancelled,
             crashed=counts.crashed,

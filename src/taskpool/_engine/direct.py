@@ -1,0 +1,222 @@
+"""The short way between a caller and a worker, past the dispatcher's thread.
+
+    submit:  the call goes straight into the pipe of an idle worker
+    result:  the thread that waits for it reads the worker's pipe itself, and resolves the future
+
+Each way round the dispatcher saves two threads a change of hands, which costs more than everything else that a short
+task needs. All that is not simple is left to the dispatcher: it is told, or finds it in the pipe.
+
+Why the two cannot meet: a worker that is idle belongs to whoever takes it from the deque of idle workers, which is
+atomic. Taking an outcome changes what the dispatcher decides by, so one lock excludes the two from each other: the
+dispatcher has it whenever it does not sleep, and a waiting thread takes it for some microseconds, never waits for it,
+and holds it over nothing that can block. A signal handler may still interrupt that very stretch:
+
+- it raises: the bytes that were read stay where the dispatcher reads them again, and every step there is one that a
+  second time does nothing; a worker that was on its way to the idle ones is found lost, and replaced;
+- it does not come back for END_TIME: the dispatcher goes on without that thread, and replaces the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from taskpool._engine import wire
+from taskpool._engine.crew import END_TIME, Crew
+from taskpool._engine.feeder import Feeder
+from taskpool._engine.handle import PICK_UP, SERVING, WorkerHandle
+from taskpool._engine.loop import Loop
+from taskpool._engine.units import Call
+from taskpool._engine.wire import BadFrameError
+from taskpool._task import TaskFuture
+
+now = time.monotonic
+
+RUSH = 100e-6  # seconds between calls, below which they are better sent by the dispatcher together
+WAIT = 2e-3  # seconds that a waiting thread looks after the worker itself; for a longer task a change of hands is cheap
+
+
+class Direct:
+    """Hands calls to idle workers, and outcomes to the threads that wait for them.
+
+    Args:
+        loop: The dispatcher's loop.
+        crew: The workers.
+        feeder: The queue; what waits in it comes before any new call.
+        left_queue: Called with the future of each call that is handed over.
+        read: The dispatcher's way to read a worker's pipe.
+        may_take: Whether outcomes may be taken past the dispatcher at this moment.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        crew: Crew,
+        feeder: Feeder,
+        *,
+        left_queue: Callable[[TaskFuture[Any]], None],
+        read: Callable[[WorkerHandle], None],
+        may_take: Callable[[], bool],
+    ) -> None:
+        self._loop = loop
+        self._crew = crew
+        self._feeder = feeder
+        self._left_queue = left_queue
+        self._read = read
+        self._may_take = may_take
+        self._submitted = 0.0  # when the last call came
+        self._lock = threading.Lock()  # whoever has it may settle what workers wrote
+        self._taken_from: WorkerHandle | None = None  # whose outcome a waiting thread is taking
+
+    # There
+
+    def give(self, call: Call) -> bool:
+        """Send a call to an idle worker; False if there is none or the dispatcher does better. Never blocks."""
+        return self._is_best_here(call) and self._hand_over(call)
+
+    def _is_best_here(self, call: Call) -> bool:
+        """Whether writing to an idle worker right here is best: nobody waits, and this is not one of a rush of calls.
+
+        The write lets go of the GIL, and coming back costs more than the dispatcher's own sending, many at a time.
+        """
+        before, self._submitted = self._submitted, now()
+        if self._loop or self._feeder.queue or not call.is_small():
+            return False
+        return len(self._crew.idle) == len(self._crew.workers) or self._submitted - before > RUSH
+
+    def _hand_over(self, call: Call) -> bool:
+        try:
+            worker = self._crew.idle.pop()
+        except IndexError:
+            return False
+        turn = worker.turn
+        try:
+            if not call.claim():
+                self._loop.post(self._crew.take_returned, worker)
+                return True
+            call.future.place = worker
+            if not worker.give(call):
+                call.give_back()
+                self._loop.post(self._crew.take_returned, worker)
+                return False
+            self._left_queue(call.future)
+        finally:
+            worker.handed_turn = turn
+        limit = call.options.task_timeout
+        self._loop.look_by(worker.since + (PICK_UP if limit is None or limit > PICK_UP else limit))
+        if worker.state != SERVING:
+            self._loop.post(self._crew.bury_if_dead, worker)
+        return True
+
+    # Back
+
+    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """Take the outcome of a task that was handed over, if it comes at once; the caller waits for it anyway.
+
+        Args:
+            future: The task's future. It may be resolved or not when this returns.
+            timeout: How long the caller would wait, in seconds.
+        """
+        worker = future.place
+        if worker is None or not self._may_take() or not self._begin(worker, future):
+            return
+        try:
+            poll = select.poll()
+            poll.register(worker.channel.results, select.POLLIN)
+            came = poll.poll(1000 * (WAIT if timeout is None else max(0.0, min(WAIT, timeout))))
+            if came:
+                self._take_if_alone(worker, future)
+        finally:
+            self._end(worker)
+
+    def _begin(self, worker: WorkerHandle, future: TaskFuture[Any]) -> bool:
+        """Have the dispatcher sleep through what this worker writes."""
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            return False
+        try:
+            waits = self._is_waiting(worker, future)
+            if waits:
+                self._loop.pause(worker.channel.results)
+            return waits
+        finally:
+            lock.release()
+
+    def _end(self, worker: WorkerHandle) -> None:
+        """Have it listen again. What lies in the pipe wakes it at once."""
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            self._loop.post(self.listen_again, worker)
+            return
+        try:
+            self.listen_again(worker)
+        finally:
+            lock.release()
+
+    def listen_again(self, worker: WorkerHandle) -> None:
+        """Watch the worker's results as ever, if it still has a channel."""
+        if worker.channel.is_open:
+            self._loop.resume(worker.channel.results)
+
+    def _is_waiting(self, worker: WorkerHandle, future: TaskFuture[Any]) -> bool:
+        """Whether the worker has nothing but this task, and nobody wants to stop it."""
+        out = worker.inflight
+        return worker.state == SERVING and worker.stop is None and len(out) == 1 and out[0].owns(future)
+
+    def _take_if_alone(self, worker: WorkerHandle, future: TaskFuture[Any]) -> None:
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            return  # the dispatcher is at it
+        try:
+            if self._is_waiting(worker, future):
+                self._take(worker)
+        finally:
+            lock.release()
+
+    def _take(self, worker: WorkerHandle) -> None:
+        """Read what the worker wrote; if that is the outcome, resolve the future and let the worker wait for work."""
+        self._taken_from = worker
+        try:
+            if not self._settle(worker):
+                self._loop.post(self._read, worker)
+        except BaseException:
+            self._loop.post(self._read, worker)
+            self._loop.post(self._crew.find_lost, None)
+            raise
+        finally:
+            self._taken_from = None
+        if self._feeder.queue or not self._may_take():
+            self._loop.post(_wake, None)  # something came while this worker was not idle
+
+    def _settle(self, worker: WorkerHandle) -> bool:
+        channel, unit = worker.channel, worker.inflight[0]
+        with contextlib.suppress(BlockingIOError, BadFrameError):
+            channel.fetch()
+            frame = channel.only_frame()
+            if frame is not None and frame.unit == unit.id and frame.kind in (wire.VALUES, wire.RAISED):
+                unit.receive(frame)
+                worker.turn += 1  # until it is idle again it counts as lost if this thread does not come back
+                worker.finished_one(frame.seconds)
+                worker.count(ok=frame.kind == wire.VALUES)
+                channel.drop_only_frame()
+                self._crew.make_idle(worker)
+                return True
+        return False
+
+    def shut_out(self) -> threading.Lock:
+        """Keep waiting threads away from outcomes, for the dispatcher; it releases the lock that this returns."""
+        lock = self._lock
+        if not lock.acquire(timeout=END_TIME):
+            lock = self._lock = threading.Lock()  # see above: a signal handler does not come back
+            lock.acquire()
+            if self._taken_from is not None:
+                self._crew.kill(self._taken_from)
+        return lock
+
+
+def _wake(_: None) -> None:
+    """Do nothing: the dispatcher looks around whenever it wakes."""

@@ -1,0 +1,200 @@
+"""From the queue to the workers: what is accepted, and who gets it when. On the dispatcher's thread."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from taskpool._engine import verdicts, wire
+from taskpool._engine.crew import Counts, Crew, Settings
+from taskpool._engine.handle import AHEAD, PICK_UP, SERVING, WorkerHandle
+from taskpool._engine.loop import Loop
+from taskpool._engine.queue import TaskQueue
+from taskpool._engine.units import Call, Piece, Range, Source, Unit
+from taskpool._task import Failure, TaskFuture
+
+now = time.monotonic
+
+
+class Feeder:
+    """The queue, and the hand that gives workers what waits in it.
+
+    Args:
+        loop: The dispatcher's loop.
+        crew: The workers.
+        settings: What does not change.
+        counts: Where it is noted what was cancelled or failed.
+        left_queue: Called with the future of each call that leaves the queue.
+    """
+
+    def __init__(
+        self, loop: Loop, crew: Crew, settings: Settings, counts: Counts, left_queue: Callable[[TaskFuture[Any]], None]
+    ) -> None:
+        self.queue = TaskQueue()
+        self.broken: Callable[[], BaseException] | None = None  # makes the error of everything that is submitted
+        self.terminating = False  # everything that comes is cancelled
+        self._loop = loop
+        self._crew = crew
+        self._settings = settings
+        self._counts = counts
+        self._left_queue = left_queue
+
+    # What comes
+
+    def accept(self, source: Source) -> None:
+        """Queue it, or resolve it if nothing runs any more."""
+        if self.broken is not None:
+            self.refuse(source, Failure(self.broken()))
+        elif self.terminating:
+            self.refuse(source, None)
+        else:
+            self.queue.append(source)
+
+    def accept_all(self, pieces: list[Piece]) -> None:
+        """Queue pieces of a map."""
+        for piece in pieces:
+            self.accept(piece)
+
+    def refuse(self, source: Source, failure: Failure | None) -> None:
+        """Resolve it with a failure, or as cancelled."""
+        if isinstance(source, Call):
+            self._left_queue(source.future)
+            if failure is None:
+                self._counts.cancelled += source.future.finish_cancelled()
+            else:
+                self._counts.failed += source.future.finish(failure)
+        elif not source.job.cancelled:
+            for start, end in source.todo:
+                for item in range(start, end):
+                    source.job.deposit(source.first + item, 1, failure or verdicts.cancelled())
+
+    def refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Cancel what was submitted at the very last moment."""
+        if function == self.accept:
+            self.refuse(argument, None)
+        elif function == self.accept_all:
+            for piece in argument:
+                self.refuse(piece, None)
+
+    def refuse_all(self, failure: Callable[[], Failure] | None = None) -> None:
+        """Resolve all that waits."""
+        for source in self.queue.clear():
+            self.refuse(source, None if failure is None else failure())
+
+    def refuse_behind(self, count: int) -> None:
+        """Cancel all that waits but the first so many calls."""
+        for source in self.queue.clear():
+            if count and isinstance(source, Call):
+                count -= 1
+                self.queue.append(source)
+            else:
+                self.refuse(source, None)
+
+    def requeue(self, unit: Unit) -> None:
+        """Put back a unit that has not started, or what is left of it, where it stood in the queue."""
+        if unit.give_back():
+            self.put_back(unit if isinstance(unit, Call) else unit.piece)
+        else:
+            self._counts.cancelled += 1
+
+    def put_back(self, source: Source) -> None:
+        """Put it where it stood in the queue."""
+        if self.broken is not None or self.terminating:
+            self.refuse(source, None if self.broken is None else Failure(self.broken()))
+        else:
+            self.queue.insert(source)
+
+    # What goes
+
+    def feed(self) -> None:
+        """Give what waits to workers: to idle ones, to new ones where there is room, and ahead to busy ones."""
+        while self.queue:
+            worker = self._crew.take_idle()
+            if worker is None:
+                break
+            if not self.send_next(worker):
+                self._crew.make_idle(worker)
+                break
+        if self.queue:
+            self._crew.start_for(self.queue)
+        if self.queue and self._settings.max_tasks is None:
+            for worker in list(self._crew.workers):
+                if worker.state == SERVING and worker.inflight:
+                    self.send_next(worker)
+
+    def send_next(self, worker: WorkerHandle) -> bool:
+        """Send the worker as much as it should have of what is next in the queue; False if that is nothing."""
+        room = worker.room(-(-len(self.queue) // max(1, len(self._crew.workers))))
+        units: list[Unit] = []
+        while len(units) < room:
+            unit = self._next_unit(worker, only_small=bool(units or worker.inflight))
+            if unit is None:
+                break
+            units.append(unit)
+            if isinstance(unit, Range) or not unit.is_small():
+                break
+        if not units:
+            return False
+        self._wake_for(units[0], ahead=len(units) > 1 or bool(worker.inflight))
+        with contextlib.suppress(OSError):  # it has just died; what is out with it comes back when its end is handled
+            if units[0].is_small():
+                for unit in worker.give_many(units):
+                    self.requeue(unit)
+            else:
+                worker.begin_large(units[0])
+                self._send_large(worker)
+        return bool(worker.inflight)
+
+    def _wake_for(self, unit: Unit, *, ahead: bool) -> None:
+        limit = unit.options.task_timeout
+        soonest = min(PICK_UP, math.inf if limit is None else limit, AHEAD if ahead else math.inf)
+        self._loop.wake_by(now() + soonest)
+
+    def _next_unit(self, worker: WorkerHandle, *, only_small: bool) -> Unit | None:
+        """Take the next unit off the queue; None if there is none, or it is large and only a small one fits."""
+        most = None if self._settings.max_tasks is None else self._settings.max_tasks - worker.served
+        while self.queue:
+            source = self.queue.first()
+            if isinstance(source, Call):
+                if only_small and not source.is_small():
+                    return None
+                self.queue.pop()
+                self._left_queue(source.future)
+                if source.claim():
+                    return source
+                self._counts.cancelled += 1
+            elif source.job.cancelled or not source.todo:
+                self.queue.pop()
+            elif only_small and not source.is_small():
+                return None
+            else:
+                unit = source.take(is_last=len(self.queue) == 1, workers=self._settings.max_workers, most=most)
+                if not source.todo:
+                    self.queue.pop()
+                return unit
+        return None
+
+    def send_setup(self, worker: WorkerHandle) -> None:
+        """Send a new worker what it needs before its first task."""
+        setup = self._settings.setup
+        head = wire.frame_head(wire.SETUP, 0, setup, index=worker.index)
+        with contextlib.suppress(OSError):
+            worker.channel.begin_large([head, setup.stream, *setup.buffers])
+            self._send_large(worker)
+
+    def _send_large(self, worker: WorkerHandle) -> None:
+        """Send what the pipe takes of a large frame, and the rest whenever it takes more."""
+        if not worker.channel.continue_large():
+            self._loop.watch_writable(worker.channel.tasks, lambda: self._continue_sending(worker))
+
+    def _continue_sending(self, worker: WorkerHandle) -> None:
+        try:
+            finished = worker.channel.continue_large()
+        except OSError:
+            finished = True  # it died, or closed its end: its own end tells
+        worker.since = now()
+        if finished:
+            self._loop.unwatch(worker.channel.tasks)

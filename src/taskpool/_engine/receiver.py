@@ -1,0 +1,183 @@
+"""From the workers to the futures: what workers write, and what they leave undone. On the dispatcher's thread."""
+
+from __future__ import annotations
+
+from taskpool._engine import verdicts, wire
+from taskpool._engine.callbacks import CallbackThread
+from taskpool._engine.channel import ANY_ITEM
+from taskpool._engine.crew import Counts, Crew, Settings
+from taskpool._engine.feeder import Feeder
+from taskpool._engine.handle import SERVING, WorkerHandle
+from taskpool._engine.loop import Loop
+from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.units import Piece, Range, Unit
+from taskpool._engine.wire import BadFrameError, Frame
+from taskpool._task import Outcome
+from taskpool.logs import LogListener
+
+FINISHING = frozenset({wire.VALUES, wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED})
+
+
+class Receiver:
+    """Reads the workers' frames, and settles every unit of work, once.
+
+    Args:
+        loop: The dispatcher's loop.
+        crew: The workers.
+        feeder: Where what is left to do goes.
+        settings: What does not change.
+        counts: Where it is noted how tasks ended.
+        callbacks: The thread for what may run user code.
+        logs: Where log records go.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        crew: Crew,
+        feeder: Feeder,
+        *,
+        settings: Settings,
+        counts: Counts,
+        callbacks: CallbackThread,
+        logs: LogListener,
+    ) -> None:
+        self.singling = 0  # ranges whose items are being pickled again, singly
+        self._loop = loop
+        self._crew = crew
+        self._feeder = feeder
+        self._settings = settings
+        self._counts = counts
+        self._callbacks = callbacks
+        self._logs = logs
+
+    # What workers write
+
+    def read(self, worker: WorkerHandle) -> None:
+        """Take what the worker has written, in order. Does nothing for one whose channel has ended."""
+        try:
+            for frame in worker.channel.receive():
+                self._on_frame(worker, frame)
+        except BadFrameError as error:
+            worker.reason = f"what it wrote is not a frame ({error})"
+            self._cannot_read(worker)
+        except MemoryError:
+            if worker.inflight:
+                unit = worker.inflight.popleft()
+                self._fail_item(unit, unit.next if isinstance(unit, Range) else 0, verdicts.no_memory(unit))
+            self._cannot_read(worker)
+        except (EOFError, OSError):
+            self._crew.channel_ended(worker)
+
+    def _cannot_read(self, worker: WorkerHandle) -> None:
+        """It costs this worker, and the task it has in hand; what follows in the pipe means nothing."""
+        self._loop.unwatch(worker.channel.results)
+        self._crew.kill(worker)
+
+    def _on_frame(self, worker: WorkerHandle, frame: Frame) -> None:
+        if frame.kind in FINISHING:
+            self._on_outcome(worker, frame)
+        elif frame.kind == wire.LOG:
+            self._logs.put(lambda: wire.loads(frame.body), self._name_of(worker, frame.unit))
+        elif frame.kind == wire.HELLO:
+            self._crew.process_known(worker, frame.unit)
+            self._feeder.send_setup(worker)
+        elif frame.kind == wire.READY:
+            self._crew.ready(worker)
+        elif frame.kind == wire.NOT_READY:
+            self._crew.not_ready(worker, EncodedError(frame.body))
+        elif frame.kind == wire.GOODBYE:
+            self._crew.expect_end(worker)
+
+    def _name_of(self, worker: WorkerHandle, unit_id: int) -> str:
+        return next((unit.name for unit in worker.inflight if unit.id == unit_id), "")
+
+    def _on_outcome(self, worker: WorkerHandle, frame: Frame) -> None:
+        unit = worker.inflight[0] if worker.inflight else None
+        if unit is None or unit.id != frame.unit:
+            return  # of a unit that was given up
+        if frame.kind == wire.INTERRUPTED:
+            self._on_interrupted(worker, unit, frame)
+        elif frame.kind == wire.HALTED:
+            worker.inflight.popleft()
+            self._feeder.requeue(unit)
+            self._next_task(worker)
+        elif frame.kind == wire.UNREADABLE and isinstance(unit, Range) and frame.items > 1:
+            worker.inflight.popleft()
+            self._send_singly(unit)
+            self._next_task(worker)
+        elif self._receive(unit, frame):
+            worker.finished_one(frame.seconds)
+            self._next_task(worker)
+        elif worker.stop is not None and not unit.begun(worker.stop.item) and worker.stop.item != ANY_ITEM:
+            worker.stop = None  # that item has ended by itself
+
+    def _receive(self, unit: Unit, frame: Frame) -> bool:
+        if frame.kind == wire.VALUES:
+            self._counts.finished += frame.items
+        else:
+            self._counts.failed += 1
+        return unit.receive(frame)
+
+    def _next_task(self, worker: WorkerHandle) -> None:
+        worker.stop = None
+        if worker.state != SERVING or worker.inflight:
+            return
+        feeder = self._feeder
+        if self._settings.max_tasks is not None or not feeder.queue or not feeder.send_next(worker):
+            self._crew.make_idle(worker)
+
+    def _on_interrupted(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> None:
+        worker.inflight.popleft()
+        self._settle_stopped(worker, unit, frame.item, bytes(frame.body.stream).decode(errors="replace"))
+        worker.stop = None
+        self._crew.expect_end(worker)  # it ends by itself, since the task may have left anything half done
+
+    def _send_singly(self, unit: Range) -> None:
+        """Give a range's items back one by one: together they cannot be read, or one of them kills the reader."""
+        self.singling += 1
+
+        def pickle_again() -> None:
+            pieces = unit.piece.singly(unit.next, unit.stop) if not unit.job.cancelled else []
+            self._loop.post(self._singled, pieces)
+
+        self._callbacks.run(pickle_again)
+
+    def _singled(self, pieces: list[Piece]) -> None:
+        self.singling -= 1
+        self._feeder.accept_all(pieces)
+
+    # Tasks that do not end by themselves
+
+    def settle_left(self, worker: WorkerHandle, unit: Unit, item: int | None) -> None:
+        """Settle a unit that a dead worker had: `item` ran, or None if it had not started."""
+        request = worker.stop
+        if item is None:
+            self._feeder.requeue(unit)
+        elif isinstance(unit, Range) and unit.stop - unit.next > 1 and worker.is_loading():
+            self._send_singly(unit)  # it died unpickling several items: none can be blamed yet
+        elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
+            self._settle_stopped(worker, unit, item, worker.channel.page.stack())
+        else:
+            self._counts.crashed += 1
+            self._fail_item(unit, item, verdicts.crashed(worker, unit))
+
+    def _settle_stopped(self, worker: WorkerHandle, unit: Unit, item: int, stack: str | None) -> None:
+        """The task was stopped: it passed its limit, or was cancelled."""
+        if worker.stop is not None and worker.stop.timed_out:
+            self._counts.timed_out += 1
+            self._fail_item(unit, item, verdicts.timed_out(worker, unit, stack))
+        elif not isinstance(unit, Range):
+            self._counts.cancelled += unit.future.finish_cancelled()
+        else:
+            self._counts.cancelled += 1
+            self._fail_item(unit, item, verdicts.cancelled())
+
+    def _fail_item(self, unit: Unit, item: int, outcome: Outcome) -> None:
+        """Settle one item of a unit, and put back what is left of it."""
+        unit.settle(item, outcome)
+        if isinstance(unit, Range):
+            self._counts.rerun += max(0, item - unit.next)
+            piece = unit.rest(item)
+            if piece is not None:
+                self._feeder.put_back(piece)
