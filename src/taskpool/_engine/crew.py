@@ -355,6 +355,8 @@ class Crew:
             if worker.process.fd is not None:
                 self._loop.unwatch(worker.process.fd)
             worker.process.kill_group()
+            if self._host.leaves_sessions:
+                stop.sweep_session(worker.process.pid)
         worker.channel.close()
         self._host.buried(worker)
         if worker.process is not None:

@@ -182,7 +182,9 @@ def decode(body: Pickled) -> tuple[BaseException, str]:
 
 def _decode(encoded: Encoded, text: str) -> BaseException:
     encoded = Encoded(*encoded)
-    error = _restore(encoded) or _stand_in(encoded, text)
+    error = _restore(encoded)
+    if error is None:  # an exception may be false
+        error = _stand_in(encoded, text)
     if encoded.context is not None:
         error.__context__ = _decode(encoded.context, "")
     if encoded.cause is not None:

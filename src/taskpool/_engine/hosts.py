@@ -44,6 +44,7 @@ class Host:
 
     exitcode_time = 0.25  # seconds that an exit code which is not known at once is waited for
     answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
+    leaves_sessions = True  # whether what a dead worker leaves in its session is for the crew to sweep
 
     def attach(self, crew: Crew) -> None:
         """Learn whom to tell about pids and exit codes."""
@@ -85,6 +86,8 @@ class Host:
 
 class TemplateHost(Host):
     """Starts workers by a template process (`template.py`); one that has died is replaced, its workers live on."""
+
+    leaves_sessions = False  # the template sweeps before it reaps
 
     def __init__(self, preload: tuple[str, ...] = ()) -> None:
         self._preload = list(preload)

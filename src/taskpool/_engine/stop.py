@@ -185,7 +185,10 @@ def write_stacks_to(fd: int) -> None:
 
 
 def sweep_session(session: int) -> None:
-    """Kill what is left of a session whose leader is known not to be reaped yet: what left the group, not the session."""
+    """Kill what is left of a session whose leader has just ended: what left the group, not the session.
+
+    The leader's id names no other session as long as the leader is not reaped, or anything is left of the session.
+    """
     if not sys.platform.startswith("linux"):
         return
     for entry in os.listdir("/proc"):
