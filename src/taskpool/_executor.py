@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import warnings
@@ -22,8 +23,7 @@ from taskpool._options import (
 )
 from taskpool._task import TaskFuture
 from taskpool.backends import make_backend
-from taskpool.backends.base import Setup, Stats
-from taskpool.errors import ForkedExecutorError
+from taskpool.backends.base import Backend, Setup, Stats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -190,7 +190,6 @@ class Executor(Calls, _StandardExecutor):
         start_timeout: float | None = 60.0,
         name: str | None = None,
     ) -> None:
-        self._pid = os.getpid()
         self._closed = False
         self.name: str = _check_name(name) or f"taskpool-{next(_numbers)}"
         options = {"task_timeout": task_timeout, "grace": grace, "submit_timeout": submit_timeout}
@@ -210,10 +209,11 @@ class Executor(Calls, _StandardExecutor):
             max_tasks_per_child=check_count(max_tasks_per_child, "max_tasks_per_child"),
             max_pending=check_count(max_pending, "max_pending"),
             start_timeout=check_limit(start_timeout, "start_timeout"),
+            shutdown_timeout=self._shutdown_timeout,
             idle_timeout=self._idle_timeout,
         )
         self._backend = make_backend(backend, setup)
-        _open_executors.add(self)
+        _open_backends.add(self._backend)
 
     @property
     def _executor(self) -> Executor:  # type: ignore[override]
@@ -235,7 +235,7 @@ class Executor(Calls, _StandardExecutor):
             ForkedExecutorError: If this process is a fork of the one that made the executor.
         """
         seconds = check_seconds(timeout, "timeout") if timeout is not None else self._shutdown_timeout
-        self._check_process()
+        self._backend.check_process()
         deadline = None if seconds is None else time.monotonic() + seconds
         if wait and not cancel_futures and not self._closed:
             self._finish_maps(deadline)
@@ -260,7 +260,7 @@ class Executor(Calls, _StandardExecutor):
             ForkedExecutorError: If this process is a fork of the one that made the executor.
         """
         seconds = check_seconds(timeout, "timeout")
-        self._check_process()
+        self._backend.check_process()
         self._stop(kill_after=seconds)
 
     def terminate_workers(self) -> None:
@@ -293,7 +293,7 @@ class Executor(Calls, _StandardExecutor):
 
     def __del__(self) -> None:
         backend = getattr(self, "_backend", None)
-        if backend is None or self._closed or self._pid != os.getpid():
+        if backend is None or self._closed or backend.pid != os.getpid():
             return
         self._closed = True
         backend.close(cancel=False)
@@ -303,18 +303,10 @@ class Executor(Calls, _StandardExecutor):
     # Inside
 
     def _check_open(self) -> None:
-        if self._pid != os.getpid():
-            self._check_process()
-        if self._closed:
+        self._backend.check_process()
+        if self._closed or _exiting:
             ended = "interpreter shutdown" if _exiting else "shutdown"
             raise RuntimeError(f"cannot schedule new futures after {ended}")
-
-    def _check_process(self) -> None:
-        if self._pid != os.getpid():
-            raise ForkedExecutorError(
-                f"this executor belongs to process {self._pid}; its workers cannot serve process {os.getpid()}, which "
-                "was forked from it: make a new Executor here"
-            )
 
     def _finish_maps(self, deadline: float | None) -> None:
         for results in list(self._maps):
@@ -331,7 +323,7 @@ class Executor(Calls, _StandardExecutor):
     def _wait_for_end(self, timeout: float | None) -> bool:
         ended = self._backend.join(timeout)
         if ended:
-            _open_executors.discard(self)
+            _open_backends.discard(self._backend)
         return ended
 
 
@@ -408,40 +400,38 @@ def _check_context(context: Any) -> Any:
 
 # The interpreter's end
 
-_open_executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+# Those of executors that were dropped stand here, too, for as long as something runs on them.
+_open_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 _exiting = False
 
 
 def _is_finalizing() -> bool:
-    import sys
-
     return sys.is_finalizing() or _exiting
 
 
 def _end_at_exit() -> None:
-    """End every executor that is still open, within its bound.
+    """End everything that is still open, within its bound.
 
     Accepted tasks are finished first, as the standard library does, unless the program ends by an exception: then
     nobody waits for them any more.
     """
-    import sys
-
     global _exiting
     _exiting = True
     failed = getattr(sys, "last_type", None) is not None
-    executors = [executor for executor in list(_open_executors) if executor._pid == os.getpid()]
-    for executor in executors:
+    backends = [backend for backend in list(_open_backends) if backend.pid == os.getpid()]
+    for backend in backends:
         if failed:
-            executor._backend.terminate(time.monotonic() + 1.0)
-        executor._closed = True
-        executor._backend.close(cancel=False)
+            backend.terminate(time.monotonic() + 1.0)
+        backend.close(cancel=False)
     began = time.monotonic()
-    for executor in executors:
-        bound = EXIT_TIMEOUT if executor._shutdown_timeout is None else executor._shutdown_timeout
-        left = max(0.0, began + bound - time.monotonic())
-        if not executor._wait_for_end(left):
-            print(f"taskpool: {executor!r} did not finish within {bound:g} seconds and is stopped", file=sys.stderr)  # noqa: T201
-            executor._stop(kill_after=0.0)
+    for backend in backends:
+        limit = backend.setup.shutdown_timeout
+        bound = EXIT_TIMEOUT if limit is None else limit
+        if not backend.join(max(0.0, began + bound - time.monotonic())):
+            what = f"executor {backend.setup.name!r} did not finish within {bound:g} seconds"
+            print(f"taskpool: {what} and is stopped", file=sys.stderr)  # noqa: T201
+            backend.terminate(0.0)
+            backend.join(STOP_TIME)
 
 
 def _register_exit() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -123,11 +123,12 @@ class MapResults:
         self._buffersize = buffersize
         self._sequence = source if isinstance(source, range | list | tuple) else None
         self._source = iter(source)
-        self._sized = hasattr(source, "__len__")
+        self._sized = isinstance(source, Sized)
         self._read = 0  # items taken from the input
         self._next = 0  # the item that is due
         self._input_error: BaseException | None = None
-        self._exhausted = self._closed = False
+        self._exhausted = isinstance(source, Sized) and not len(source)
+        self._closed = False
         self._feed()
 
     # Input
@@ -145,7 +146,7 @@ class MapResults:
         """Read ahead as far as the window allows."""
         window = self._window()
         size = 1
-        while not self._exhausted:
+        while not self._exhausted and not self._is_late():
             room = LARGEST_PIECE if window is None else window - (self._read - self._next)
             # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
             if room <= 0 or (window is not None and room < window // 2 and self._read > self._next):
@@ -159,6 +160,10 @@ class MapResults:
                 self._backend.submit_items(self._job, self._read, items)
                 self._read += len(items)
 
+    def _is_late(self) -> bool:
+        """Whether the call's time is over: what has not been read by then could not be done in time."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
     def _cut(self, size: int) -> Sequence[Any]:
         if self._sequence is not None:
             items = self._sequence[self._read : self._read + size]
@@ -170,6 +175,9 @@ class MapResults:
         except Exception as error:
             self._input_error = error
             self._exhausted = True
+        except BaseException:  # Ctrl-C
+            self._close(stop=True)
+            raise
         else:
             self._exhausted = len(items) < size
         return items
@@ -214,6 +222,9 @@ class MapResults:
             return self._take_group()
         if self._input_error is not None:
             raise self._input_error
+        if not self._exhausted:
+            self._close(stop=True)
+            raise self._timed_out()
         return []
 
     def _take_group(self) -> list[Any]:

@@ -96,7 +96,11 @@ class Owner(Protocol):
         """Run a future's callbacks on a thread where they may block."""
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
-        """A thread begins to wait for the future: resolve it in that thread, if there is a short way to its outcome."""
+        """A thread begins to wait for the future: resolve it in that thread, if there is a short way to its outcome.
+
+        Raises:
+            ForkedExecutorError: If the future belongs to the process that this one was forked from.
+        """
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """The future's task has left the queue: it was sent, cancelled or refused."""
@@ -204,7 +208,7 @@ class TaskFuture(Future[T]):
 
     def _wait(self, timeout: float | None) -> None:
         seconds = check_seconds(timeout, "timeout")
-        if self.place is not None and self._owner is not None:
+        if self._owner is not None and not self._is_resolved():
             began = time.monotonic()
             self._owner.collect(self, seconds)
             if seconds is not None:

@@ -160,6 +160,13 @@ class Crew:
         self._start_failed(error)
         self.bury(worker)
 
+    def start_died(self, worker: WorkerHandle) -> None:
+        """A host saw the process end that was to be this worker."""
+        if worker.process is None and worker.state == STARTING:
+            worker.explained = True
+            self._died_before_ready(worker)
+            self.bury(worker)
+
     def start_lost(self, worker: WorkerHandle) -> None:
         """A host lost a start; the worker never came to be, through no fault of its own."""
         if worker.process is None and worker.state == STARTING:
@@ -383,6 +390,10 @@ class Crew:
     def watch(self, fd: int, callback: Callable[[], Any]) -> None:
         """Have a host's callback called when `fd` is readable."""
         self._loop.watch(fd, callback)
+
+    def hosted_by(self, engine: object) -> list[WorkerHandle]:
+        """For hosts: the workers whose `hosted` begins with this engine."""
+        return [worker for worker in self.workers if worker.hosted is not None and worker.hosted[0] is engine]
 
     def unwatch(self, fd: int) -> None:
         """End a watch."""

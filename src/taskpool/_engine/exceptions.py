@@ -92,12 +92,10 @@ def _link(error: BaseException | None, depth: int, seen: set[int]) -> Encoded | 
 def travels_raw(error: BaseException) -> bool:
     """Whether the parent may see this exception as itself.
 
-    `SystemExit` and `KeyboardInterrupt` would end the caller's program, `StopIteration` and its kin would silently end
+    `SystemExit` and `KeyboardInterrupt`, also in a group, would end the caller's program, `StopIteration` and its kin would silently end
     the caller's loop or leave an awaiting coroutine asleep, and `CancelledError` would look like a cancellation.
     """
-    if not isinstance(error, Exception):
-        return isinstance(error, BaseExceptionGroup)
-    if isinstance(error, StopIteration | StopAsyncIteration):
+    if not isinstance(error, Exception) or isinstance(error, StopIteration | StopAsyncIteration):
         return False
     return not (type(error).__name__ == "CancelledError" and type(error).__module__.startswith("concurrent.futures"))
 

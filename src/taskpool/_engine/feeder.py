@@ -128,9 +128,11 @@ class Feeder:
     def send_next(self, worker: WorkerHandle) -> bool:
         """Send the worker as much as it should have of what is next in the queue; False if that is nothing."""
         room = worker.room(-(-len(self.queue) // max(1, len(self._crew.workers))))
+        most = None if self._settings.max_tasks is None else self._settings.max_tasks - worker.served
+        room = room if most is None else min(room, most)
         units: list[Unit] = []
         while len(units) < room:
-            unit = self._next_unit(worker, only_small=bool(units or worker.inflight))
+            unit = self._next_unit(most, only_small=bool(units or worker.inflight))
             if unit is None:
                 break
             units.append(unit)
@@ -153,9 +155,12 @@ class Feeder:
         soonest = min(PICK_UP, math.inf if limit is None else limit, AHEAD if ahead else math.inf)
         self._loop.wake_by(now() + soonest)
 
-    def _next_unit(self, worker: WorkerHandle, *, only_small: bool) -> Unit | None:
-        """Take the next unit off the queue; None if there is none, or it is large and only a small one fits."""
-        most = None if self._settings.max_tasks is None else self._settings.max_tasks - worker.served
+    def _next_unit(self, most: int | None, *, only_small: bool) -> Unit | None:
+        """Take the next unit, of at most so many tasks, off the queue.
+
+        Returns:
+            None if there is none, or it is large and only a small one fits.
+        """
         while self.queue:
             source = self.queue.first()
             if isinstance(source, Call):

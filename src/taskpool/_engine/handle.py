@@ -148,8 +148,7 @@ class WorkerHandle:
 
     def finished_one(self, seconds: float) -> None:
         """Note that the unit at the head is done."""
-        self.inflight.popleft()
-        self.served += 1
+        self.served += self.inflight.popleft().tasks
         self.since = time.monotonic()
         known = self.seconds
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds

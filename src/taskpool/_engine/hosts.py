@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -323,6 +324,24 @@ def _tracker_fd() -> list[int]:
 
 # Processes of multiprocessing
 
+_processes: weakref.WeakSet[Any] = weakref.WeakSet()  # those that host our workers
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()  # those that start such processes themselves
+
+
+def _disown_in_child() -> None:
+    """In a forked child: keep its multiprocessing from ending or awaiting our workers, which are not its children.
+
+    At its exit it would send SIGTERM to those of a Pool, and fail to join the others.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None:
+        ours = {*_processes, *(worker for pool in _pools for worker in pool._pool)}
+        process._children.difference_update(ours)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_in_child)
+
 
 class ProcessHost(Host):
     """Starts each worker as one `multiprocessing.Process`."""
@@ -337,6 +356,7 @@ class ProcessHost(Host):
         process = self._context.Process(  # type: ignore[attr-defined]
             target=entry.in_process, args=(worker.channel.worker_end, self._initializer, self._initargs)
         )
+        _processes.add(process)
         _start_with(worker, process.start)
         worker.hosted = process
         self._crew.process_known(worker, process.pid)
@@ -453,6 +473,8 @@ class FuturesHost(Host):
         executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=entry.keep, initargs=arguments)
         _start_with(worker, lambda: executor.submit(entry.in_executor).add_done_callback(_end(executor)))
         process = next(iter((executor._processes or {}).values()), None)
+        if process is not None:
+            _processes.add(process)
         worker.hosted = executor, process, executor._executor_manager_thread
         if process is not None and process.pid is not None:
             self._crew.process_known(worker, process.pid)
@@ -519,8 +541,35 @@ class PoolHost(Host):
         """Send the worker's end through the door and have the Pool call for it."""
         if self._pool is None:
             self._pool = _HostingPool(self._context, self._size, self._initializer, self._initargs)
+            self._watch_first(self._pool)
         worker.hosted = self._pool, self._pool.host(worker.channel.worker_end)
         worker.channel.worker_end.close()
+
+    def _watch_first(self, pool: _HostingPool) -> None:
+        """See whether the Pool's first processes all end before one becomes a worker.
+
+        The Pool itself would start them again, ten times a second and for ever.
+        """
+        for process in pool.first:
+
+            def ended(process: Any = process) -> None:
+                self._crew.unwatch(process.sentinel)
+                pool.first.remove(process)
+                if not pool.first:
+                    self._cannot_start(pool)
+
+            self._crew.watch(process.sentinel, ended)
+
+    def _watch_no_more(self, pool: _HostingPool) -> None:
+        for process in pool.first:
+            self._crew.unwatch(process.sentinel)
+        pool.first.clear()
+
+    def _cannot_start(self, pool: _HostingPool) -> None:
+        if pool is self._pool:
+            self._pool = None
+        for worker in self._crew.hosted_by(pool):
+            self._crew.start_died(worker)
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """Use another Pool from now on."""
@@ -536,6 +585,7 @@ class PoolHost(Host):
     def pid_known(self, worker: WorkerHandle) -> None:
         """Keep the Pool's process object before the Pool drops it."""
         if worker.hosted is not None and worker.pid is not None:
+            self._watch_no_more(worker.hosted[0])
             worker.hosted[0].process(worker.pid)
 
     def hint(self, worker: WorkerHandle) -> str:
@@ -550,11 +600,13 @@ class PoolHost(Host):
             self._exit.forget(pool.drop_process(worker.pid))
             pool.forget(call)
             if pool is not self._pool and not pool.calls:
+                self._watch_no_more(pool)
                 pool.end()
 
     def close(self) -> None:
         """End the Pool."""
         if self._pool is not None:
+            self._watch_no_more(self._pool)
             self._pool.end()
             self._pool = None
 
@@ -571,6 +623,8 @@ class _HostingPool:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
             self._pool = context.Pool(size, entry.open_door, (self._theirs, initializer, initargs))
+        _pools.add(self._pool)
+        self.first: list[Any] = list(self._pool._pool)  # type: ignore[attr-defined]
 
     def host(self, end: WorkerEnd) -> Any:
         """Have some process of the Pool take this worker's end; return the hosted call."""

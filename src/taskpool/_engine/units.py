@@ -30,7 +30,7 @@ _OUTCOMES: dict[int, Callable[[Pickled], Outcome]] = {
 class Call:
     """One call of a function. It is its own unit of work, under one id for its whole life."""
 
-    __slots__ = ("_payload", "_small", "future", "id", "name", "options", "order", "priority")
+    __slots__ = ("_payload", "_small", "future", "id", "name", "options", "order", "priority", "tasks")
 
     def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
         self.id = next(_ids)
@@ -41,6 +41,7 @@ class Call:
         self._payload = payload
         self._small = _is_small(payload)
         self.priority = options.priority
+        self.tasks = 1
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
@@ -165,6 +166,7 @@ class Range:
         self.piece = piece
         self.next = start
         self.stop = stop
+        self.tasks = stop - start
         self.options = piece.job.options
         self.name = piece.job.options.name or name_of(piece.job.fn)
 

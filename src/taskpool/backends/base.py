@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import attrs
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
-from taskpool.errors import QueueFullError, UnsupportedError
+from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
 
 
 @attrs.frozen
@@ -83,6 +84,7 @@ class Setup:
     max_tasks_per_child: int | None = None
     max_pending: int | None = None
     start_timeout: float | None = 60.0
+    shutdown_timeout: float | None = None
     idle_timeout: float | None = None
 
 
@@ -126,10 +128,20 @@ class Backend(MapBackend):
         self.name: str = name
         self.setup: Setup = setup
         self.workers: int = setup.max_workers
+        self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+
+    def check_process(self) -> None:
+        """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
+        if self.pid != os.getpid():
+            raise ForkedExecutorError(
+                f"this executor belongs to process {self.pid}; its workers cannot serve process {os.getpid()}, which "
+                "was forked from it: make a new Executor here"
+            )
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """A thread begins to wait for this future; there is nothing that it could do itself."""
+        self.check_process()
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer."""

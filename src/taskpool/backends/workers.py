@@ -88,6 +88,7 @@ class WorkersBackend(Backend):
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Take the outcome at the worker's own pipe, if the task was handed to it directly."""
+        self.check_process()
         self._dispatcher.collect(future, timeout)
 
     def run_callbacks(self, run: Callable[[], None]) -> None:
