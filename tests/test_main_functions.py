@@ -307,7 +307,8 @@ def test_a_missing_guard_is_named(backend: Backend, tmp_path: Path) -> None:
     (error,) = [line for line in ended.err.splitlines() if line.startswith("taskpool.errors.")]
     assert 'if __name__ == "__main__"' in error, ended.err
     assert ended.seconds < 10, ended
-    assert len(lines(tmp_path / "notes")) <= 1 + 3 + 2, "the program ran again and again"
+    # Three starts that fail are enough; a Pool makes two at a time, and again before it is ended.
+    assert len(lines(tmp_path / "notes")) <= 1 + 3 * 3, "the program ran again and again"
 
 
 def test_a_missing_guard_in_the_shared_map(tmp_path: Path) -> None:

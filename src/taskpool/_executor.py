@@ -423,6 +423,17 @@ def _end_at_exit() -> None:
         if failed:
             backend.terminate(time.monotonic() + 1.0)
         backend.close(cancel=False)
+    try:
+        _await_end(backends)
+    except BaseException:  # Ctrl-C: nobody waits any longer
+        for backend in backends:
+            backend.terminate(0.0)
+        for backend in backends:
+            backend.join(STOP_TIME)
+        raise
+
+
+def _await_end(backends: list[Backend]) -> None:
     began = time.monotonic()
     for backend in backends:
         limit = backend.setup.shutdown_timeout

@@ -203,11 +203,11 @@ def test_one_unsendable_item_costs_one_item(pool: Pool, tmp_path: Path) -> None:
     """Also in the middle of a chunk: those before it come, those behind it run."""
     notes = tmp_path / "notes"
     items = [0, 1, 2, tasks.FailsAtDump(), 4, 5]
-    results = pool(1).map(tasks.note, itertools.repeat(notes), items, chunksize=6)
+    results = pool(1).map(tasks.note, [notes] * 6, items, chunksize=6)
+    wait_until(lambda: lines(notes) == ["0", "1", "2", "4", "5"])
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(taskpool.NotSendableError, match="item 3"):
         next(results)
-    wait_until(lambda: lines(notes) == ["0", "1", "2", "4", "5"])
 
 
 @on_hosts

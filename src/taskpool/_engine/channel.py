@@ -135,6 +135,11 @@ class WorkerEnd:
     def __init__(self, tasks: int, results: int, life: int, page: int) -> None:
         self.fds: tuple[int, ...] = (tasks, results, life, page)
 
+    @property
+    def life(self) -> int:
+        """The reading end of the life pipe."""
+        return self.fds[2]
+
     def close(self) -> None:
         """Close the parent's copies, once the worker has its own."""
         fds, self.fds = self.fds, ()

@@ -160,10 +160,11 @@ class Crew:
         self._start_failed(error)
         self.bury(worker)
 
-    def start_died(self, worker: WorkerHandle) -> None:
-        """A host saw the process end that was to be this worker."""
+    def start_died(self, worker: WorkerHandle, processes: int) -> None:
+        """A host saw so many processes end that could have become this worker."""
         if worker.process is None and worker.state == STARTING:
             worker.explained = True
+            self._failed_starts += processes - 1
             self._died_before_ready(worker)
             self.bury(worker)
 
@@ -175,12 +176,14 @@ class Crew:
     def start_timed_out(self, worker: WorkerHandle) -> None:
         """A worker is not ready in time."""
         seconds = self._settings.start_timeout
-        if worker.process is None and (seconds is None or now() < worker.since + seconds):
-            self._host.start_unanswered(worker)
-        else:
+        if seconds is not None and now() >= worker.since + seconds:
             what = "the initializer" if self._settings.has_initializer else "the start of a worker"
             self._start_failed(TimeoutError(f"{what} did not finish within start_timeout={seconds:g} seconds"))
-        self.kill(worker)
+        if worker.process is not None:
+            self.kill(worker)
+        else:
+            self._host.start_unanswered(worker)
+            self.bury(worker)  # should its process come after all, it finds the channel closed, and ends
 
     def _died_before_ready(self, worker: WorkerHandle) -> None:
         text = f"a worker ended before it was ready{self._host.hint(worker)}"

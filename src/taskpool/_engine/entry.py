@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import socket
+    from multiprocessing.connection import Connection
 
     from taskpool._engine.channel import WorkerEnd
 
@@ -15,6 +17,7 @@ Initializer = Callable[..., object] | None
 
 _end: WorkerEnd | None = None
 _door: socket.socket | None = None
+_life: int | None = None
 _initializer: tuple[Initializer, tuple[Any, ...]] = (None, ())
 
 
@@ -29,6 +32,7 @@ def keep(end: WorkerEnd, initializer: Initializer, initargs: tuple[Any, ...]) ->
     """Be the initializer of a `ProcessPoolExecutor`: keep what the hosted call needs."""
     global _end, _initializer
     _end, _initializer = end, (initializer, initargs)
+    _follow_parent(end.life)
 
 
 def in_executor() -> None:
@@ -37,10 +41,21 @@ def in_executor() -> None:
     in_process(_end, *_initializer)
 
 
-def open_door(door: socket.socket, initializer: Initializer, initargs: tuple[Any, ...]) -> None:
+def open_door(door: socket.socket, life: Connection, initializer: Initializer, initargs: tuple[Any, ...]) -> None:
     """Be the initializer of a `multiprocessing.Pool`: keep what its hosted calls need."""
-    global _door, _initializer
+    global _door, _life, _initializer
     _door, _initializer = door, (initializer, initargs)
+    with contextlib.suppress(OSError):  # no /proc: then only the calls themselves end with the parent
+        _life = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)  # the others have it, too
+        _follow_parent(_life)
+
+
+def _follow_parent(life: int) -> None:
+    """End when the parent does, also while waiting for the hosted call, which then never comes."""
+    from taskpool._engine import stop
+
+    stop.lead_own_group()
+    stop.arm_life_pipe(life)
 
 
 def in_pool() -> None:

@@ -19,6 +19,7 @@ from taskpool._engine.units import Range, Unit
 STARTING, SERVING, ENDING, DYING, GONE = "starting", "serving", "ending", "dying", "gone"
 
 PICK_UP = 2.0  # seconds in which a worker takes a task that lies in its pipe; one that does not is replaced
+SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 0.5e-3  # tasks that take less, of late, are sent ahead of time
 AHEAD_SECONDS = 2e-3  # ... as many as should take this long
@@ -174,7 +175,7 @@ class WorkerHandle:
         if limit is None:
             return math.inf
         if running.item == BETWEEN:
-            return now + min(limit, AHEAD)
+            return now + max(limit, SOON)
         if running.phase == WRITING and running.started + limit <= now and self.received != self.channel.received:
             # It has run within its limit and its result is on its way. Only if that stands still it must end.
             self.received = self.channel.received
@@ -188,7 +189,11 @@ class WorkerHandle:
         if not self.inflight:
             return math.inf
         running = self.running()
-        due = self.since + PICK_UP if running is None else self.limit_due(running, now)
+        if running is not None:
+            due = self.limit_due(running, now)
+        else:
+            limit = self.inflight[0].options.task_timeout
+            due = min(self.since + PICK_UP, now + (PICK_UP if limit is None else max(limit, SOON)))
         if len(self.inflight) > 1:
             due = min(due, max(self.since + AHEAD, now + AHEAD / 4))
         return due

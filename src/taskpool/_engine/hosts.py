@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +62,7 @@ class Host:
         raise NotImplementedError
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
-        """A start did not answer within `answer_time`."""
+        """A start did not answer within `answer_time`, or not within the time for being ready."""
 
     def pid_known(self, worker: WorkerHandle) -> None:
         """A worker said who it is."""
@@ -167,6 +168,13 @@ class TemplateHost(Host):
         for number in list(self._starting):
             self._failed(number, error)
 
+    def start_unanswered(self, worker: WorkerHandle) -> None:
+        """End a template that has not come as far as its first start."""
+        template: _TemplateProcess | None = worker.hosted
+        if template is not None and template is self._template and not template.has_started:
+            template.kill()
+            self._drop(template)
+
     def _drop(self, template: _TemplateProcess) -> None:
         """A template is gone, or fits no longer. Exit codes of its workers are lost; those that it did not start fail."""
         self._crew.unwatch(template.line.sock.fileno())
@@ -221,7 +229,7 @@ class _TemplateProcess:
             )
         finally:
             theirs.close()
-        self._state.pop("argv")  # the template's own is `-c`
+        del self._state["argv"], self._state["filters"]  # a new interpreter does not inherit these
 
     def fits(self) -> bool:
         """Whether its forks still have this process's user and groups."""
@@ -247,6 +255,10 @@ class _TemplateProcess:
         finally:
             for fd in opened:
                 os.close(fd)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
 
     def close(self) -> None:
         """Close the socket, which ends the template, and reap it; SIGKILL if it does not go."""
@@ -550,13 +562,14 @@ class PoolHost(Host):
 
         The Pool itself would start them again, ten times a second and for ever.
         """
+        processes = len(pool.first)
         for process in pool.first:
 
             def ended(process: Any = process) -> None:
                 self._crew.unwatch(process.sentinel)
                 pool.first.remove(process)
                 if not pool.first:
-                    self._cannot_start(pool)
+                    self._cannot_start(pool, processes)
 
             self._crew.watch(process.sentinel, ended)
 
@@ -565,11 +578,11 @@ class PoolHost(Host):
             self._crew.unwatch(process.sentinel)
         pool.first.clear()
 
-    def _cannot_start(self, pool: _HostingPool) -> None:
+    def _cannot_start(self, pool: _HostingPool, processes: int) -> None:
         if pool is self._pool:
             self._pool = None
         for worker in self._crew.hosted_by(pool):
-            self._crew.start_died(worker)
+            self._crew.start_died(worker, processes)
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """Use another Pool from now on."""
@@ -618,11 +631,19 @@ class _HostingPool:
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         keep_from_children({self._ours.fileno()})
         self._ours.settimeout(0)
+        life, self._life = os.pipe()
+        keep_from_children({self._life})
+        self._reader = Connection(life, writable=False)
         self._processes: dict[int | None, Any] = {}
         self.calls: set[Any] = set()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-            self._pool = context.Pool(size, entry.open_door, (self._theirs, initializer, initargs))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+                arguments = self._theirs, self._reader, initializer, initargs
+                self._pool = context.Pool(size, entry.open_door, arguments)
+        except BaseException:
+            self._close()
+            raise
         _pools.add(self._pool)
         self.first: list[Any] = list(self._pool._pool)  # type: ignore[attr-defined]
 
@@ -655,8 +676,13 @@ class _HostingPool:
         thread.join(CLOSE_TIME)
         if thread.is_alive():
             self._abandon()
+        self._close()
+
+    def _close(self) -> None:
         close_kept(self._ours.detach())
         self._theirs.close()
+        close_kept(self._life)
+        self._reader.close()
 
     def _terminate(self) -> None:
         self._pool.terminate()
