@@ -13,19 +13,16 @@ bin = $(VENVS)/$(1)/bin
 
 .DELETE_ON_ERROR:
 .PRECIOUS: $(VENVS)/%/ready
-.PHONY: demo test test-all core lint format types docs docs-serve build bench lock clean
+.PHONY: demo test core lint format types docs docs-serve build bench lock clean
 
 demo: $(VENVS)/demo/ready  ## run the main job: parse the standard library, whatever the tasks do
 	$(call bin,demo)/python examples/demo.py $(ARGS)
 
-test: $(VENVS)/test/ready  ## the tests that are known to pass every time
-	$(call bin,test)/python -m pytest -m "not unproven" $(ARGS)
-
-test-all: $(VENVS)/test/ready  ## all tests
+test: $(VENVS)/test/ready  ## the tests
 	$(call bin,test)/python -m pytest $(ARGS)
 
 core: $(VENVS)/test/ready  ## the quick tests of every promise
-	$(call bin,test)/python -m pytest -m "core and not unproven" $(ARGS)
+	$(call bin,test)/python -m pytest -m "core and not repeated" $(ARGS)
 
 lint: $(VENVS)/lint/ready  ## style, format and import floors
 	$(call bin,lint)/ruff check .

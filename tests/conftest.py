@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def pytest_configure(config: pytest.Config) -> None:
     """Name the markers, and make orphans visible to the audit."""
     config.addinivalue_line("markers", "core: the part of the suite that runs under every Python found")
-    config.addinivalue_line("markers", "unproven: not yet known to pass every time; run by make test-all")
+    config.addinivalue_line("markers", "repeated: the same test on another engine; not part of make core")
     config.addinivalue_line("markers", "slow: sweeps; shortened unless TASKPOOL_TEST_FULL=1")
     config.addinivalue_line("markers", "leaves(reason): this test leaves something behind on purpose")
     config.addinivalue_line(
@@ -31,33 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
         processes.start_standard_helpers()
 
 
-# Tests in these files have not yet all passed on a quiet machine, each of them many times over. They stand outside
-# `make test` until they have; `make test-all` runs them.
-UNPROVEN = (
-    "contract/test_life.py",
-    "contract/test_map.py",
-    "stdlib/test_stdlib_contract.py",
-    "test_crashes.py",
-    "test_default.py",
-    "test_exit.py",
-    "test_fork.py",
-    "test_initializer.py",
-    "test_kill_sweep.py",
-    "test_limits.py",
-    "test_main_functions.py",
-    "test_memory.py",
-    "test_parent_end.py",
-    "test_reentrancy.py",
-    "test_timeout_values.py",
-    "test_torture_table.py",
-)
+OTHER_ENGINES = ("futures", "pool", "serial")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of those files."""
+    """Mark what repeats a table of tests on another engine: one Python in full is enough for that."""
     for item in items:
-        if str(item.path).endswith(UNPROVEN):
-            item.add_marker(pytest.mark.unproven)
+        tables = "/contract/" in item.path.as_posix() or item.path.stem == "test_torture_table"
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if tables and getattr(parameters.get("backend"), "name", "") in OTHER_ENGINES:
+            item.add_marker(pytest.mark.repeated)
 
 
 @pytest.fixture

@@ -672,10 +672,14 @@ class _HostingPool:
     def end(self) -> None:
         """End the Pool within a bound: `terminate` can wait for ever on a lock that a killed process held."""
         thread = threading.Thread(target=self._terminate, name="taskpool-pool-end", daemon=True)
-        thread.start()
-        thread.join(CLOSE_TIME)
-        if thread.is_alive():
+        try:
+            thread.start()
+        except RuntimeError:  # Python 3.12.0 and 3.12.1 start no thread once the main thread has ended
             self._abandon()
+        else:
+            thread.join(CLOSE_TIME)
+            if thread.is_alive():
+                self._abandon()
         self._close()
 
     def _close(self) -> None:
