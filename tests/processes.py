@@ -111,7 +111,7 @@ def descendants(processes: list[Process] | None = None) -> list[Process]:
 
 def marked(variable: str, value: str) -> list[Process]:
     """Return the living processes that were started with `variable` set to `value` in their environment."""
-    wanted = f"{variable}={value}".encode()
+    wanted = f"{variable}={value}\0".encode()  # with its end: another value may begin like this one
     return [process for process in table() if not process.zombie and wanted in _bytes(f"/proc/{process.pid}/environ")]
 
 
