@@ -119,6 +119,7 @@ class TaskFuture(Future[T]):
         # and which most futures never need. A test compares the fields with those of the running Python.
         self._lock = threading.RLock()
         self._lazy_condition: threading.Condition | None = None
+        self._sleepers: list[threading.Lock] = []
         self._state: str = QUEUED
         self._result: Any = None
         self._exception: BaseException | None = None
@@ -213,14 +214,27 @@ class TaskFuture(Future[T]):
             self._owner.collect(self, seconds)
             if seconds is not None:
                 seconds = max(0.0, began + seconds - time.monotonic())
+        if not self._is_resolved():
+            self._sleep(seconds)
+        if self._state == DONE:
+            return
+        if self._is_resolved():
+            raise CancelledError
+        raise TimeoutError
+
+    def _sleep(self, seconds: float | None) -> None:
+        # On a lock of this thread's own. A condition lets go of a lock that it must take again, and a signal handler
+        # that raises just between leaves it in a state that fails the caller's `with`.
+        sleeper = threading.Lock()
+        sleeper.acquire()
         with self._lock:
-            if not self._is_resolved():
-                self._condition.wait_for(self._is_resolved, seconds)
-            if self._state == DONE:
-                return
             if self._is_resolved():
-                raise CancelledError
-            raise TimeoutError
+                return
+            self._sleepers.append(sleeper)
+        try:
+            sleeper.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+        finally:
+            self._sleepers.remove(sleeper)
 
     def _is_resolved(self) -> bool:
         return self._state in (DONE, CANCELLED, CANCELLED_AND_NOTIFIED)
@@ -309,6 +323,8 @@ class TaskFuture(Future[T]):
                 waiter.add_result(self)
             else:
                 waiter.add_exception(self)
+        for sleeper in tuple(self._sleepers):  # those that wake take themselves off
+            sleeper.release()
         if self._lazy_condition is not None:
             self._lazy_condition.notify_all()
         return True

@@ -244,13 +244,15 @@ class Crew:
         if worker.state == DYING and not worker.exitcode_due:
             self.bury(worker)
 
-    def find_lost(self, _: None) -> None:
+    def find_lost(self) -> None:
         """Replace the worker that a thread took and, interrupted at the worst moment, never gave back.
 
         It may find one that another thread is just handing a call: that call comes back when the worker has ended.
+        One that was taken, but perhaps never sent its call, is found by the look that is called for here.
         """
+        self._loop.wake_by(now())
         for worker in list(self.workers):
-            if worker.state == SERVING and not worker.handed and not worker.inflight and worker not in self.idle:
+            if worker.state == SERVING and not worker.inflight and worker not in self.idle:
                 self.retire(worker)
 
     # End

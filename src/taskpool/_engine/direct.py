@@ -11,7 +11,7 @@ atomic. Taking an outcome changes what the dispatcher decides by, so one lock ex
 dispatcher has it whenever it does not sleep, and a waiting thread takes it for some microseconds, never waits for it,
 and holds it over nothing that can block. A signal handler may still interrupt that very stretch:
 
-- it raises: the bytes that were read stay where the dispatcher reads them again, and every step there is one that a
+- it raises: the dispatcher is told to put things right. The bytes that were read stay where the dispatcher reads them again, and every step there is one that a
   second time does nothing; a worker that was on its way to the idle ones is found lost, and replaced;
 - it does not come back for END_TIME: the dispatcher goes on without that thread, and replaces the worker.
 """
@@ -122,7 +122,26 @@ class Direct:
             timeout: How long the caller would wait, in seconds.
         """
         worker = future.place
-        if worker is None or not self._may_take() or not self._begin(worker, future):
+        if worker is None or not self._may_take():
+            return
+        try:
+            self._collect(worker, future, timeout)
+        except BaseException:
+            self.recover_soon()
+            raise
+
+    def recover_soon(self) -> None:
+        """A signal handler raised somewhere here: have the dispatcher put right whatever that left undone."""
+        self._loop.post(self._recover, None)
+
+    def _recover(self, _: None) -> None:
+        for worker in list(self._crew.workers):
+            self.listen_again(worker)
+            self._read(worker)
+        self._crew.find_lost()
+
+    def _collect(self, worker: WorkerHandle, future: TaskFuture[Any], timeout: float | None) -> None:
+        if not self._begin(worker, future):
             return
         try:
             poll = select.poll()
@@ -183,14 +202,10 @@ class Direct:
         try:
             if not self._settle(worker):
                 self._loop.post(self._read, worker)
-        except BaseException:
-            self._loop.post(self._read, worker)
-            self._loop.post(self._crew.find_lost, None)
-            raise
+            if self._feeder.queue or not self._may_take():
+                self._loop.post(_wake, None)  # something came while this worker was not idle
         finally:
             self._taken_from = None
-        if self._feeder.queue or not self._may_take():
-            self._loop.post(_wake, None)  # something came while this worker was not idle
 
     def _settle(self, worker: WorkerHandle) -> bool:
         channel, unit = worker.channel, worker.inflight[0]

@@ -54,6 +54,7 @@ class Dispatcher:
         self.counts = Counts()
         self.callbacks = CallbackThread(settings.name)
         self._settings = settings
+        self._left_queue = left_queue
         self._host = host
         self._loop = Loop(self._refuse_posted)
         self._crew = Crew(self, self._loop, host, settings, self.counts)
@@ -108,8 +109,8 @@ class Dispatcher:
             if not self._direct.give(call):
                 self._loop.post(self._feeder.accept, call)
         except BaseException:
-            # A signal handler raised between taking a worker and giving it back: have that worker found and replaced.
-            self._loop.post(self._crew.find_lost, None)
+            self._direct.recover_soon()
+            self._left_queue(call.future)
             raise
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:

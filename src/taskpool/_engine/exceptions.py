@@ -194,16 +194,16 @@ def _decode(encoded: Encoded, text: str) -> BaseException:
 def _restore(encoded: Encoded) -> BaseException | None:
     try:
         if encoded.pickled is not None:
-            error = wire.loads(Pickled(*encoded.pickled))
+            error = wire.loads_here(Pickled(*encoded.pickled))
         elif encoded.parts is not None:
-            error = _rebuild(*wire.loads(Pickled(*encoded.parts)))
+            error = _rebuild(*wire.loads_here(Pickled(*encoded.parts)))
         elif encoded.members is not None:
             error = BaseExceptionGroup(
                 encoded.message.rsplit(" (", 1)[0], [_decode(member, "") for member in encoded.members]
             )
         else:
             return None
-    except BaseException:  # it loads in the worker but not here; its text still arrives
+    except Exception:  # it loads in the worker but not here; its text still arrives
         return None
     return error if isinstance(error, BaseException) else None
 

@@ -99,10 +99,11 @@ class WorkerHandle:
 
     def give(self, unit: Unit) -> bool:
         """Send a unit whose frame fits into a packet; False, and nothing happened, if the pipe is full."""
+        packet = unit.packet()
         if not self.inflight:
             self.since = time.monotonic()
         self.inflight.append(unit)
-        if self.channel.send_packet(unit.packet()):
+        if self.channel.send_packet(packet):
             return True
         self.inflight.pop()
         return False

@@ -51,9 +51,14 @@ class Loop:
         if self._closed:  # set before the inbox is emptied for the last time, so one of the two finds this
             self._refuse_all()
         elif self._asleep:
-            self._asleep = False
-            with contextlib.suppress(OSError):  # full: it wakes anyway; closed: it has ended
+            try:
+                self._asleep = False
                 os.write(self._wake_w, b"\0")
+            except OSError:
+                pass  # full: it wakes anyway; closed: it has ended
+            except BaseException:  # a signal handler raised, perhaps before the write: the next one shall write again
+                self._asleep = True
+                raise
 
     def look_by(self, due: float) -> None:
         """Have the loop turn again at the monotonic time `due` at the latest."""

@@ -21,11 +21,11 @@ class EncodedValue:
     def decode(self) -> tuple[Any, BaseException | None]:
         """Unpickle it; user code runs here, in the thread of the one who asked."""
         try:
-            return wire.loads(self._body), None
-        except KeyboardInterrupt:
-            raise  # the user's Ctrl-C, while waiting for this
-        except BaseException as cause:
-            error = UnpickleError(f"the result cannot be unpickled: {exceptions.type_name(cause)}: {cause}")
+            return wire.loads_here(self._body), None
+        except wire.LoadingError as failure:
+            cause = failure.cause
+            text = f"the result cannot be unpickled: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}"
+            error = UnpickleError(text)
             error.__cause__ = cause if isinstance(cause, Exception) else _as_text(cause)
             return None, error
 

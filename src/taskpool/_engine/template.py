@@ -84,13 +84,18 @@ class Template:
 
     def serve(self) -> None:
         """Serve the parent until it is gone."""
-        while True:
-            for fd, _event in self.poll.poll():
-                if fd != self.line.sock.fileno():
-                    self._report_end(fd)
-                elif not self._answer():
-                    self._end()
-                    return
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it went while it was being told something
+            while self._turn():
+                pass
+        self._end()
+
+    def _turn(self) -> bool:
+        for fd, _event in self.poll.poll():
+            if fd != self.line.sock.fileno():
+                self._report_end(fd)
+            elif not self._answer():
+                return False
+        return True
 
     def _answer(self) -> bool:
         received = self.line.receive()

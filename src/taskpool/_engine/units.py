@@ -248,6 +248,7 @@ def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options:
     try:
         payload = wire.frozen(wire.dumps_call(fn, args, kwargs))
     except Exception as cause:
+        # What cannot be pickled is looked for by pickling each part again.
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
         parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
         future.finish(Failure(_not_sendable(parts, cause)))
@@ -286,13 +287,17 @@ LARGEST_PAYLOAD = 256 * 1024  # of a piece of several items, in bytes
 
 
 def _not_sendable(parts: list[tuple[str, object]], cause: Exception) -> NotSendableError:
-    """Return the error that names the part that cannot be pickled."""
+    """Return the error that names the part that cannot be pickled; raise the cause if there is none."""
     for part, value in parts:
         try:
             wire.dumps(value)
         except Exception as error:
             return _explain(part, value, error)
-    return _explain("the task", None, cause)
+    try:
+        wire.dumps([value for _part, value in parts])
+    except Exception as error:
+        return _explain("the task", None, error)
+    raise cause  # it can be pickled: it was a signal handler of the program that raised
 
 
 def _explain(part: str, value: object, cause: Exception) -> NotSendableError:

@@ -108,6 +108,34 @@ def loads(pickled: Pickled) -> Any:
     return pickle.loads(pickled.stream, buffers=pickled.buffers)
 
 
+class LoadingError(Exception):
+    """An object cannot be loaded; the cause says why, which may be something that is not an Exception."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(type(cause)))
+        self.cause = cause
+
+
+def loads_here(pickled: Pickled) -> Any:
+    """Return the object, in a thread of the caller's: a signal handler of the program may raise here, too.
+
+    To tell the two apart what fails is tried again. If it succeeds now, what was raised came from a handler, and goes
+    its way: a `SystemExit` of a handler for SIGTERM must end the program, one of an object must not.
+
+    Raises:
+        LoadingError: If the object cannot be loaded.
+        BaseException: Whatever a signal handler raised.
+    """
+    try:
+        return loads(pickled)
+    except BaseException as error:
+        try:
+            loads(pickled)
+        except BaseException:
+            raise LoadingError(error) from error
+        raise
+
+
 def _dump_by_value(value: object) -> Pickled:
     import cloudpickle
 
