@@ -31,15 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
         processes.start_standard_helpers()
 
 
-OTHER_ENGINES = ("futures", "pool", "serial")
+OTHER_ENGINES = ("futures", "pool", "thread", "serial")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what repeats a table of tests on another engine: one Python in full is enough for that."""
+    """Mark what repeats a test on another engine: one Python in full is enough for that."""
     for item in items:
-        tables = "/contract/" in item.path.as_posix() or item.path.stem == "test_torture_table"
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if tables and getattr(parameters.get("backend"), "name", "") in OTHER_ENGINES:
+        other = getattr(parameters.get("backend"), "name", "") in OTHER_ENGINES
+        if other and item.path.stem != "test_torture_table":  # a row of that table is a promise in short
             item.add_marker(pytest.mark.repeated)
 
 
