@@ -43,8 +43,8 @@ class MapJob:
         self.seconds: float | None = None  # how long an item takes, of late
         self.finished: int = 0
         self._groups: dict[int, tuple[int, Outcome]] = {}
-        self._arrived = threading.Condition()
-        self._waiting = False
+        self._lock = threading.RLock()
+        self._sleeper: threading.Lock | None = None  # of the thread that waits for the next group
 
     def deposit(self, index: int, count: int, outcome: Outcome, seconds: float | None = None) -> None:
         """Keep the outcome of the items from `index` on: a list of results, or the error of one item.
@@ -59,30 +59,32 @@ class MapJob:
             each = seconds / count
             known = self.seconds
             self.seconds = each if known is None or each > known else 0.7 * known + 0.3 * each
-        with self._arrived:
+        with self._lock:
             if not self.cancelled:
                 self._groups[index] = count, outcome
             self.finished += count
-            if self._waiting:
-                self._arrived.notify_all()
+            sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            sleeper.release()
 
     def take(self, index: int, deadline: float | None) -> tuple[int, Outcome] | None:
         """Wait for the group that begins at `index` and return (its length, its outcome); None when time is up."""
-        with self._arrived:
-            self._waiting = True
-            try:
-                while index not in self._groups:
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        return None
-                    self._arrived.wait(left)
-            finally:
-                self._waiting = False
-            return self._groups.pop(index)
+        # A lock of its own each time, not a condition, which a signal handler that raises may leave half taken.
+        while True:
+            sleeper = threading.Lock()
+            sleeper.acquire()
+            with self._lock:
+                self._sleeper = sleeper
+                if index in self._groups:
+                    return self._groups.pop(index)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            sleeper.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX))
 
     def cancel(self) -> None:
         """Drop what has arrived, and what still will."""
-        with self._arrived:
+        with self._lock:
             self.cancelled = True
             self._groups.clear()
 

@@ -14,6 +14,7 @@ longer possible, and does nothing. All steps are taken under the future's own lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -95,6 +96,9 @@ class Owner(Protocol):
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run a future's callbacks on a thread where they may block."""
 
+    def check_process(self) -> None:
+        """Raise `ForkedExecutorError` in a process that was forked from the backend's."""
+
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """A thread begins to wait for the future: resolve it in that thread, if there is a short way to its outcome.
 
@@ -128,7 +132,6 @@ class TaskFuture(Future[T]):
         self._owner = owner
         self._outcome: Outcome | None = None
         self.task_name: str = name
-        self.has_slot: bool = False  # whether the task counts against max_pending
         self.place: Any = None  # what the backend notes about where it runs
 
     if not TYPE_CHECKING:  # for type checkers it stays the attribute that it is in the base class
@@ -149,7 +152,12 @@ class TaskFuture(Future[T]):
         Returns:
             False if the task is already done. True otherwise; for a running task that means "stop requested": the
             future resolves soon after, with `CancelledError`, or with the result if it was already written.
+
+        Raises:
+            ForkedExecutorError: If the future belongs to the process that this one was forked from.
         """
+        if self._owner is not None:
+            self._owner.check_process()
         with self._lock:
             if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
                 return True
@@ -227,14 +235,13 @@ class TaskFuture(Future[T]):
         # that raises just between leaves it in a state that fails the caller's `with`.
         sleeper = threading.Lock()
         sleeper.acquire()
-        with self._lock:
-            if self._is_resolved():
-                return
-            self._sleepers.append(sleeper)
         try:
-            sleeper.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+            self._sleepers.append(sleeper)
+            if not self._is_resolved():  # whoever resolves it from here on finds the sleeper
+                sleeper.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
         finally:
-            self._sleepers.remove(sleeper)
+            with contextlib.suppress(ValueError):
+                self._sleepers.remove(sleeper)
 
     def _is_resolved(self) -> bool:
         return self._state in (DONE, CANCELLED, CANCELLED_AND_NOTIFIED)
@@ -288,6 +295,23 @@ class TaskFuture(Future[T]):
             self._hand_out_callbacks()
         return resolved
 
+    def finish_alone(self, outcome: Outcome) -> bool:
+        """Resolve the future if nobody else waits for it or is to be called; return False, and do nothing, otherwise.
+
+        For a thread that a signal handler may interrupt anywhere: the state is set last, so either nothing has
+        happened or everything has.
+        """
+        with self._lock:
+            if self._state != SENT or self._waiters or self._done_callbacks or self._sleepers:
+                return False
+            self._outcome = outcome
+            self.place = None
+            self._state = DONE
+        if self._waiters or self._done_callbacks or self._sleepers:  # of a signal handler that came in between
+            self._tell(outcome)
+            self._hand_out_callbacks()
+        return True
+
     def finish_cancelled(self) -> bool:
         """Resolve the future as cancelled; return False if it was resolved before."""
         with self._lock:
@@ -295,14 +319,6 @@ class TaskFuture(Future[T]):
         if resolved:
             self._hand_out_callbacks()
         return resolved
-
-    def give_up_slot(self) -> bool:
-        """Return whether the task had a place in the queue that is now to be freed; true only once."""
-        if not self.has_slot:
-            return False
-        with self._lock:
-            had, self.has_slot = self.has_slot, False
-        return had
 
     def _step(self, event: str) -> bool:
         state = LIFE.get((self._state, event))
@@ -316,6 +332,10 @@ class TaskFuture(Future[T]):
             return False
         self._outcome = outcome
         self.place = None
+        self._tell(outcome)
+        return True
+
+    def _tell(self, outcome: Outcome | None) -> None:
         for waiter in self._waiters:
             if outcome is None:
                 waiter.add_cancelled(self)
@@ -326,8 +346,8 @@ class TaskFuture(Future[T]):
         for sleeper in tuple(self._sleepers):  # those that wake take themselves off
             sleeper.release()
         if self._lazy_condition is not None:
-            self._lazy_condition.notify_all()
-        return True
+            with self._lock:
+                self._lazy_condition.notify_all()
 
     def _hand_out_callbacks(self) -> None:
         if not self._done_callbacks:

@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from taskpool._engine.threads import start_undisturbed
+
 
 class CallbackThread:
     """Runs callables one after the other; starts with the first and ends by sentinel."""
@@ -19,12 +21,16 @@ class CallbackThread:
 
     def run(self, call: Callable[[], object]) -> None:
         """Have `call` run soon. Never blocks on what is already running."""
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._serve, name=f"{self._name}-callbacks", daemon=True)
-                    self._thread.start()
         self._queue.put(call)
+        if self._thread is None:
+            start_undisturbed(self._start)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name=f"{self._name}-callbacks", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def is_current(self) -> bool:
         """Whether the caller is itself running on this thread."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from taskpool._engine import stop
 from taskpool._engine.channel import ANY_ITEM
 from taskpool._engine.crew import Crew
-from taskpool._engine.handle import DYING, ENDING, GONE, PICK_UP, SERVING, STARTING, Stop, WorkerHandle
+from taskpool._engine.handle import DYING, ENDING, GONE, PICK_UP, SERVING, STARTING, STUCK, Stop, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Range, Unit
 from taskpool._map import MapJob
@@ -36,6 +36,12 @@ class Hub(Protocol):
 
     def requeue(self, unit: Unit) -> None:
         """Put back a unit that has not started."""
+
+    def next_task(self, worker: WorkerHandle) -> None:
+        """Give a worker that has nothing left something else to do, or let it wait."""
+
+    def listen_again(self, worker: WorkerHandle) -> None:
+        """Watch what a worker writes, although a waiting thread wanted to."""
 
 
 class Deadlines:
@@ -80,6 +86,8 @@ class Deadlines:
             return
         if len(worker.inflight) > 1:
             self._take_back(worker)
+            if request.unit not in worker.inflight:
+                return  # the worker had not read even that
         worker.stop = request
         self._climb(worker)
 
@@ -89,6 +97,8 @@ class Deadlines:
         for unit in [unit for unit in worker.inflight if unit.id in taken]:
             worker.inflight.remove(unit)
             self._hub.requeue(unit)
+        if taken and not worker.inflight:
+            self._hub.next_task(worker)  # it had not even begun the first one
 
     def _climb(self, worker: WorkerHandle) -> None:
         """Take the next rung of the ladder for `worker.stop`."""
@@ -120,12 +130,15 @@ class Deadlines:
                 if worker.state not in (DYING, GONE):
                     self._crew.kill(worker)
         for worker in list(self._crew.workers):
+            if worker.paused_at is not None and worker.paused_at + STUCK <= time_now:
+                self._hub.listen_again(worker)
             if self._due(worker, time_now) <= time_now:
                 self._hub.read(worker)  # results first
                 if worker.state != GONE and self._due(worker, time_now) <= time_now:
                     self._act_on(worker, time_now)
             if worker.state != GONE:
                 self._loop.wake_by(self._due(worker, time_now))
+                self._loop.wake_by(math.inf if worker.paused_at is None else worker.paused_at + STUCK)
 
     def _due(self, worker: WorkerHandle, time_now: float) -> float:
         if worker.state == STARTING:
@@ -135,7 +148,7 @@ class Deadlines:
                 return math.inf if self._idle_timeout is None else worker.since + self._idle_timeout
             return worker.next_due(time_now)
         if worker.state == ENDING:
-            return worker.end_by if worker.stop is None else min(worker.stop.due, worker.end_by)
+            return worker.end_by
         return self._crew.burial_due(worker)
 
     def _act_on(self, worker: WorkerHandle, time_now: float) -> None:
@@ -158,8 +171,8 @@ class Deadlines:
             self._climb(worker)
         elif running is None and time_now >= worker.since + PICK_UP:
             logger.warning("worker %s does not take its task; it is replaced", worker.index)
-            self._take_back(worker)
             self._crew.kill(worker)
+            self._take_back(worker)
         elif running is not None and worker.limit_due(running, time_now) <= time_now:
             self._begin(worker, Stop(running.unit, running.item, timed_out=True))
         elif len(worker.inflight) > 1:

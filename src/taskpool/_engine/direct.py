@@ -28,7 +28,7 @@ from typing import Any
 from taskpool._engine import wire
 from taskpool._engine.crew import END_TIME, Crew
 from taskpool._engine.feeder import Feeder
-from taskpool._engine.handle import PICK_UP, SERVING, WorkerHandle
+from taskpool._engine.handle import PICK_UP, SERVING, STUCK, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Call
 from taskpool._engine.wire import BadFrameError
@@ -160,7 +160,9 @@ class Direct:
         try:
             waits = self._is_waiting(worker, future)
             if waits:
+                worker.paused_at = now()
                 self._loop.pause(worker.channel.results)
+                self._loop.look_by(worker.paused_at + STUCK)
             return waits
         finally:
             lock.release()
@@ -178,6 +180,7 @@ class Direct:
 
     def listen_again(self, worker: WorkerHandle) -> None:
         """Watch the worker's results as ever, if it still has a channel."""
+        worker.paused_at = None
         if worker.channel.is_open:
             self._loop.resume(worker.channel.results)
 
@@ -212,8 +215,12 @@ class Direct:
         with contextlib.suppress(BlockingIOError, BadFrameError):
             channel.fetch()
             frame = channel.only_frame()
-            if frame is not None and frame.unit == unit.id and frame.kind in (wire.VALUES, wire.RAISED):
-                unit.receive(frame)
+            if (
+                frame is not None
+                and frame.unit == unit.id
+                and frame.kind in (wire.VALUES, wire.RAISED)
+                and unit.receive_alone(frame)
+            ):
                 worker.turn += 1  # until it is idle again it counts as lost if this thread does not come back
                 worker.finished_one(frame.seconds)
                 worker.count(ok=frame.kind == wire.VALUES)

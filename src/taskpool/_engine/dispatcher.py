@@ -30,6 +30,7 @@ from taskpool._engine.handle import SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.receiver import Receiver
+from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
 from taskpool._task import Failure, TaskFuture
@@ -87,11 +88,14 @@ class Dispatcher:
             RuntimeError: If no thread can be started; nothing was accepted then.
         """
         if self._thread is None:
-            with self._thread_lock:
-                if self._thread is None:
-                    thread = threading.Thread(target=self._run, name=f"{self._settings.name}-dispatcher", daemon=True)
-                    thread.start()
-                    self._thread = thread
+            start_undisturbed(self._start)
+
+    def _start(self) -> None:
+        with self._thread_lock:
+            if self._thread is None and self._phase != CLOSED:
+                thread = threading.Thread(target=self._run, name=f"{self._settings.name}-dispatcher", daemon=True)
+                thread.start()
+                self._thread = thread
 
     @property
     def is_open(self) -> bool:
@@ -146,16 +150,12 @@ class Dispatcher:
 
     def close(self, *, cancel: bool = False) -> None:
         """Accept nothing more, finish what was accepted (or cancel what is queued), then end. Never blocks."""
-        if self._thread is None:
-            self._close_unstarted()
-        else:
+        if not self._close_unstarted():
             self._loop.post(self._begin_close, cancel)
 
     def terminate(self, kill_at: float = math.inf) -> None:
         """Cancel what is queued and stop what runs; from the time `kill_at` on by SIGKILL. Never blocks."""
-        if self._thread is None:
-            self._close_unstarted()
-        else:
+        if not self._close_unstarted():
             self._loop.post(self._begin_terminate, kill_at)
 
     def join(self, timeout: float | None) -> bool:
@@ -225,6 +225,14 @@ class Dispatcher:
         """Put back a unit that has not started."""
         self._feeder.requeue(unit)
 
+    def next_task(self, worker: WorkerHandle) -> None:
+        """Give a worker that has nothing left something else to do, or let it wait."""
+        self._receiver.next_task(worker)
+
+    def listen_again(self, worker: WorkerHandle) -> None:
+        """Watch what a worker writes, although a waiting thread wanted to."""
+        self._direct.listen_again(worker)
+
     def settle_left(self, worker: WorkerHandle, unit: Unit, item: int | None) -> None:
         """Settle a unit that a dead worker had: `item` ran, or None if it had not started."""
         self._receiver.settle_left(worker, unit, item)
@@ -264,10 +272,12 @@ class Dispatcher:
     def _has_ended(self) -> bool:
         return self._phase != OPEN and not self._crew.workers and not self._has_work()
 
-    def _close_unstarted(self) -> None:
+    def _close_unstarted(self) -> bool:
+        """End here if the thread has never started; return whether that is so."""
         with self._thread_lock:
             if self._thread is None and self._phase != CLOSED:
                 self._end()
+            return self._thread is None
 
     def _end(self) -> None:
         self._phase = CLOSED

@@ -19,6 +19,7 @@ from taskpool._engine.units import Range, Unit
 STARTING, SERVING, ENDING, DYING, GONE = "starting", "serving", "ending", "dying", "gone"
 
 PICK_UP = 2.0  # seconds in which a worker takes a task that lies in its pipe; one that does not is replaced
+STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal handler
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 0.5e-3  # tasks that take less, of late, are sent ahead of time
@@ -77,6 +78,7 @@ class WorkerHandle:
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
         self.failed = 0  # ... with an error
         self.retiring = False
+        self.paused_at: float | None = None  # since when a waiting thread watches what it writes
         self.exitcode: int | None = None
         self.exitcode_due = False  # whether the host has yet to tell it
         self.reason: str | None = None  # why we ended it, if the exit code would not tell

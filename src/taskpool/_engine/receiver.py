@@ -101,14 +101,14 @@ class Receiver:
         elif frame.kind == wire.HALTED:
             worker.inflight.popleft()
             self._feeder.requeue(unit)
-            self._next_task(worker)
+            self.next_task(worker)
         elif frame.kind == wire.UNREADABLE and isinstance(unit, Range) and frame.items > 1:
             worker.inflight.popleft()
             self._send_singly(unit)
-            self._next_task(worker)
+            self.next_task(worker)
         elif self._receive(unit, frame):
             worker.finished_one(frame.seconds)
-            self._next_task(worker)
+            self.next_task(worker)
         elif worker.stop is not None and not unit.begun(worker.stop.item) and worker.stop.item != ANY_ITEM:
             worker.stop = None  # that item has ended by itself
 
@@ -119,7 +119,8 @@ class Receiver:
             self._counts.failed += 1
         return unit.receive(frame)
 
-    def _next_task(self, worker: WorkerHandle) -> None:
+    def next_task(self, worker: WorkerHandle) -> None:
+        """Give a worker that has nothing left something else to do, or let it wait."""
         worker.stop = None
         if worker.state != SERVING or worker.inflight:
             return

@@ -69,6 +69,10 @@ class Call:
         self.settle(0, _OUTCOMES[frame.kind](frame.body))
         return True
 
+    def receive_alone(self, frame: Frame) -> bool:
+        """Take an outcome in a thread that waits for it, unless somebody else must be told of it, too."""
+        return self.future.finish_alone(_OUTCOMES[frame.kind](frame.body))
+
     def settle(self, item: int, outcome: Outcome) -> None:
         """Resolve with an outcome that did not come from the task itself."""
         self.future.finish(outcome)
@@ -213,6 +217,10 @@ class Range:
             self.job.deposit(self.piece.first + frame.item, 1, _OUTCOMES[frame.kind](frame.body))
         self.next = frame.item + frame.items
         return self.next >= self.stop
+
+    def receive_alone(self, _frame: Frame) -> bool:
+        """No thread waits for a range at its worker."""
+        return False
 
     def settle(self, item: int, outcome: Outcome) -> None:
         """Give `item` an outcome that did not come from the task itself."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import math
 import os
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -89,34 +93,66 @@ class Setup:
 
 
 class Slots:
-    """The places of `max_pending`: a task has one from its submission until it leaves the queue."""
+    """The places of `max_pending`: a task has one from its submission until it leaves the queue.
+
+    Without locks, since signal handlers submit, too: each step is one operation of a set or a deque. At worst a handler
+    that comes between looking and taking is let in beyond the bound.
+    """
 
     def __init__(self, count: int | None) -> None:
         self._count = count
-        self._places = None if count is None else threading.Semaphore(count)
+        self._holders: set[object] = set()
+        self._sleepers: collections.deque[threading.Lock] = collections.deque()
 
-    def take(self, timeout: float | None, is_own_thread: Callable[[], bool]) -> bool:
-        """Wait for a place; return whether one was taken, which is not necessary without a bound.
+    def take(self, holder: object, timeout: float | None, is_own_thread: Callable[[], bool]) -> None:
+        """Wait for a place, and take it; where there is no bound do nothing.
 
         Args:
+            holder: Who has it from now on.
             timeout: The longest wait, in seconds.
             is_own_thread: Tells whether the caller is a thread that frees places, which must not wait for one.
 
         Raises:
             QueueFullError: If there is none within `timeout` seconds, or at once where waiting could never end.
         """
-        if self._places is None:
-            return False
-        wait = not is_own_thread()
-        if not (self._places.acquire(timeout=timeout) if wait else self._places.acquire(blocking=False)):
-            within = f" within submit_timeout={timeout:g} seconds" if wait and timeout is not None else ""
+        if self._count is None:
+            return
+        if len(self._holders) >= self._count and not self._wait(timeout, is_own_thread()):
+            within = "" if timeout is None else f" within submit_timeout={timeout:g} seconds"
             raise QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
-        return True
+        self._holders.add(holder)
 
-    def free(self) -> None:
-        """Give a place back."""
-        if self._places is not None:
-            self._places.release()
+    def _wait(self, timeout: float | None, is_own_thread: bool) -> bool:  # noqa: FBT001
+        assert self._count is not None
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not is_own_thread:
+            sleeper = threading.Lock()
+            sleeper.acquire()
+            self._sleepers.append(sleeper)
+            try:
+                left = deadline - time.monotonic()
+                if len(self._holders) >= self._count:  # whoever frees one from here on finds the sleeper
+                    sleeper.acquire(timeout=max(0.0, min(left, threading.TIMEOUT_MAX)))
+            finally:
+                try:
+                    self._sleepers.remove(sleeper)
+                except ValueError:
+                    self._wake_one()  # it was woken; should this thread not take the place, another must hear of it
+            if len(self._holders) < self._count:
+                return True
+            if left <= 0:
+                return False
+        return False
+
+    def _wake_one(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._sleepers.popleft().release()
+
+    def free(self, holder: object) -> None:
+        """Give a place back, if this one has it."""
+        with contextlib.suppress(KeyError):
+            self._holders.remove(holder)
+            self._wake_one()
 
 
 class Backend(MapBackend):
@@ -145,8 +181,7 @@ class Backend(MapBackend):
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer."""
-        if future.give_up_slot():
-            self._slots.free()
+        self._slots.free(future)
 
     @abstractmethod
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:

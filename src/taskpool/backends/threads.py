@@ -63,7 +63,7 @@ class ThreadBackend(Backend):
         self._raise_if_broken()
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = LocalCall(future, fn, args, kwargs, options)
-        future.has_slot = self._slots.take(options.submit_timeout, self.is_own_thread)
+        self._slots.take(future, options.submit_timeout, self.is_own_thread)
         self._calls[id(future)] = call
         self._queue([call])
         return future

@@ -57,7 +57,7 @@ class WorkersBackend(Backend):
         future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = make_call(future, fn, args, kwargs, options)
         if call is not None:
-            future.has_slot = self._slots.take(options.submit_timeout, self.is_own_thread)
+            self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
         return future
 
@@ -70,7 +70,9 @@ class WorkersBackend(Backend):
         dispatcher.submit_pieces(make_pieces(job, first, items))
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
-        """Drop or stop what is left of a map."""
+        """Drop or stop what is left of a map. In a forked child there is nothing to do, and nobody to tell."""
+        if self.pid != os.getpid():
+            return
         if stop:
             self._dispatcher.stop(job)
         else:
