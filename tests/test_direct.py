@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import random
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 import taskpool
 from taskpool import TaskFuture
+from taskpool._task import Value
 from tests import tasks
 from tests.helpers import FULL, PATIENCE, Backend, all_stacks, at_most, bounded, on_hosts, run_script, wait_until
 
@@ -132,6 +134,68 @@ def test_interrupts_at_any_moment(pool: Pool, backend: Backend, interrupting: Ca
     assert interrupts > 20, "the handler hardly ever interrupted anything: nothing was tested"
     with at_most(10):
         executor.shutdown()
+
+
+@on_hosts
+def test_a_map_that_times_out_again_and_again(pool: Pool, backend: Backend) -> None:
+    """What it takes back may be something that a worker has been sent and not begun: the worker goes on all the same."""
+    executor = pool(2)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    dice = random.Random(backend.name)
+    for number in range(600 if FULL else 100):
+        with contextlib.suppress(taskpool.CallTimeoutError):
+            list(executor.map(time.sleep, [0.0003] * 6, timeout=dice.uniform(0.0002, 0.003)))
+        assert bounded(lambda number=number: executor.submit(abs, -number).result(PATIENCE)) == number  # type: ignore[misc]
+
+
+def test_a_handler_submits_under_a_bound(pool: Pool) -> None:
+    """`max_pending` holds no lock that the interrupted thread might have."""
+    executor = pool(1, max_pending=100_000)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    submitted: list[TaskFuture[int]] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: submitted.append(executor.submit(abs, -1)))
+    dice = random.Random(7)
+    try:
+        for number in range(10_000 if FULL else 1_000):
+            signal.setitimer(signal.ITIMER_REAL, dice.uniform(2e-6, 6e-5))
+            assert executor.submit(abs, -number).result(PATIENCE) == number
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert submitted
+    assert {future.result(PATIENCE) for future in submitted} == {1}
+
+
+def test_interrupts_of_the_first_submit(pool: Pool, interrupting: Callable[[float], None]) -> None:
+    """There is one dispatcher, whatever moment of its start a handler interrupts."""
+    dice = random.Random(11)
+    for _ in range(100 if FULL else 15):
+        executor = pool(1)
+        try:
+            try:
+                interrupting(dice.uniform(30e-6, 400e-6))
+                executor.submit(abs, -1)
+            finally:
+                interrupting(0)
+        except Interrupt:
+            pass
+        assert bounded(executor.submit(abs, -1).result) == 1
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count(f"{executor.name}-dispatcher") == 1
+        executor.terminate()
+
+
+def test_a_future_is_resolved_alone_only_if_nobody_else_waits() -> None:
+    """Otherwise whoever is to be told of it is told by a thread that no signal handler interrupts."""
+    alone, watched = TaskFuture[int](), TaskFuture[int]()
+    watched.add_done_callback(lambda _: None)
+    for future in (alone, watched):
+        assert future.set_running_or_notify_cancel()
+    assert alone.finish_alone(Value(1))
+    assert alone.result(0) == 1
+    assert not watched.finish_alone(Value(1))
+    assert not watched.done()
 
 
 HANDLER = """
