@@ -45,7 +45,10 @@ class Settings:
 
 @attrs.define
 class Counts:
-    """What happened so far. Written by the dispatcher only."""
+    """What happened so far. Written by the dispatcher only.
+
+    What waiting threads took is counted with each worker, and added here when that is gone.
+    """
 
     finished: int = 0
     failed: int = 0

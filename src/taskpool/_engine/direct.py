@@ -9,11 +9,17 @@ task needs. All that is not simple is left to the dispatcher: it is told, or fin
 Why the two cannot meet: a worker that is idle belongs to whoever takes it from the deque of idle workers, which is
 atomic. Taking an outcome changes what the dispatcher decides by, so one lock excludes the two from each other: the
 dispatcher has it whenever it does not sleep, and a waiting thread takes it for some microseconds, never waits for it,
-and holds it over nothing that can block. A signal handler may still interrupt that very stretch:
+and holds it over nothing that can block. It resolves only a future that nobody else waits for, by one assignment: to
+tell others is left to the dispatcher, which no signal handler interrupts.
 
-- it raises: the dispatcher is told to put things right. The bytes that were read stay where the dispatcher reads them again, and every step there is one that a
-  second time does nothing; a worker that was on its way to the idle ones is found lost, and replaced;
-- it does not come back for END_TIME: the dispatcher goes on without that thread, and replaces the worker.
+While a thread waits at a worker's pipe the dispatcher does not listen there. A signal handler may interrupt both, the
+waiting and the taking:
+
+- it raises: the dispatcher listens again and puts things right. The bytes that were read stay where it reads them once
+  more, and an outcome that was taken before finds its task gone; a worker that was on its way to the idle ones is found
+  to be lost, and is replaced;
+- it takes its time while the thread waits: the dispatcher listens again after STUCK;
+- it does not come back for END_TIME while the thread takes: the dispatcher goes on without it, and replaces the worker.
 """
 
 from __future__ import annotations
