@@ -284,10 +284,10 @@ class Channel:
         """
         while True:
             room = self._reader.room()
-            data = b""
+            data, again = b"", True
             try:
                 if self._fetched:
-                    data, room, again = self._fetched.popleft(), None, True
+                    data, room = self._fetched.popleft(), None
                     size = len(data)
                 elif room is None:
                     data = os.read(self.results, READ)
