@@ -63,6 +63,19 @@ def test_many_threads_wait_for_one_task(pool: Pool) -> None:
         assert len(set(got)) == 1
 
 
+@on_hosts
+def test_a_large_result_that_is_asked_for_again_and_again(pool: Pool) -> None:
+    """A thread that comes while it is arriving leaves it to the dispatcher, which has begun to read it."""
+    executor = pool(1)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    for _ in range(10):
+        future = executor.submit(tasks.payload, 8_000_000)
+        while not future.done():
+            with contextlib.suppress(TimeoutError):
+                future.result(0.0002)
+        assert future.result(PATIENCE) == tasks.payload(8_000_000)
+
+
 def _get(future: TaskFuture[int], got: list[object]) -> None:
     got.append(future.result(PATIENCE))
 

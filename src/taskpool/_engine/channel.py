@@ -307,6 +307,10 @@ class Channel:
             elif (frame := self._reader.filled(size)) is not None:
                 yield frame
 
+    def is_between_frames(self) -> bool:
+        """Whether the next byte from the pipe begins a frame."""
+        return not self._fetched and self._reader.is_empty()
+
     def fetch(self) -> None:
         """Read what has arrived, for `only_frame`; what that does not take stays for `receive`.
 

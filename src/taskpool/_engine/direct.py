@@ -191,9 +191,11 @@ class Direct:
             self._loop.resume(worker.channel.results)
 
     def _is_waiting(self, worker: WorkerHandle, future: TaskFuture[Any]) -> bool:
-        """Whether the worker has nothing but this task, and nobody wants to stop it."""
+        """Whether the worker has nothing but this task, nobody wants to stop it, and no frame is half read."""
         out = worker.inflight
-        return worker.state == SERVING and worker.stop is None and len(out) == 1 and out[0].owns(future)
+        if worker.state != SERVING or worker.stop is not None or len(out) != 1 or not out[0].owns(future):
+            return False
+        return worker.channel.is_between_frames()
 
     def _take_if_alone(self, worker: WorkerHandle, future: TaskFuture[Any]) -> None:
         lock = self._lock
