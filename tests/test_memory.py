@@ -339,3 +339,31 @@ def _use_and_drop(backend: Backend) -> tuple[weakref.ref[Any], list[Future[Any]]
     del executor
     gc.collect()
     return reference, futures
+
+
+def test_threads_that_wait_for_a_place_sleep(pool: Pool, tmp_path: Path) -> None:
+    """However many they are: they need no processor time, and the bound holds."""
+    executor = pool(1, max_pending=2)
+    _fill_places(executor, tmp_path)
+    threads = [threading.Thread(target=executor.submit, args=(tasks.identity, n)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    slots = executor._backend._slots
+    wait_until(lambda: len(slots._sleepers) == len(threads))
+    slots._wake_one()  # a call that brings no place
+    wait_until(lambda: len(slots._sleepers) == len(threads))
+    used = time.process_time()
+    time.sleep(0.3)  # in which nothing may happen
+    assert time.process_time() - used < 0.1
+    assert len(slots._holders) == 2
+    (tmp_path / "release").touch()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def _fill_places(executor: taskpool.Executor, folder: Path) -> None:
+    executor.submit(tasks.hold, folder / "started", folder / "release")
+    wait_until((folder / "started").exists)
+    for number in range(2):
+        executor.submit(tasks.identity, number)

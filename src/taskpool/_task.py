@@ -307,9 +307,10 @@ class TaskFuture(Future[T]):
             self._outcome = outcome
             self.place = None
             self._state = DONE
-        if self._waiters or self._done_callbacks or self._sleepers:  # of a signal handler that came in between
+            # Still under the lock: what is found now is of a signal handler that came in between, and of nobody who
+            # has seen the future done.
             self._tell(outcome)
-            self._hand_out_callbacks()
+        self._hand_out_callbacks()
         return True
 
     def finish_cancelled(self) -> bool:

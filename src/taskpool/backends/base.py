@@ -95,13 +95,15 @@ class Setup:
 class Slots:
     """The places of `max_pending`: a task has one from its submission until it leaves the queue.
 
-    Without locks, since signal handlers submit, too: each step is one operation of a set or a deque. At worst a handler
-    that comes between looking and taking is let in beyond the bound.
+    Signal handlers submit, too, so nobody waits for a lock that the interrupted thread may have: the one there is is
+    reentrant, and giving a place back takes none. At worst a handler that comes between looking and taking is let in
+    beyond the bound.
     """
 
     def __init__(self, count: int | None) -> None:
         self._count = count
         self._holders: set[object] = set()
+        self._lock = threading.RLock()  # between threads that take
         self._sleepers: collections.deque[threading.Lock] = collections.deque()
 
     def take(self, holder: object, timeout: float | None, is_own_thread: Callable[[], bool]) -> None:
@@ -115,34 +117,43 @@ class Slots:
         Raises:
             QueueFullError: If there is none within `timeout` seconds, or at once where waiting could never end.
         """
-        if self._count is None:
+        if self._count is None or self._take(holder):
             return
-        if len(self._holders) >= self._count and not self._wait(timeout, is_own_thread()):
+        if is_own_thread() or not self._wait(holder, timeout):
             within = "" if timeout is None else f" within submit_timeout={timeout:g} seconds"
             raise QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
-        self._holders.add(holder)
 
-    def _wait(self, timeout: float | None, is_own_thread: bool) -> bool:  # noqa: FBT001
-        assert self._count is not None
+    def _take(self, holder: object) -> bool:
+        with self._lock:
+            if self._count is not None and len(self._holders) >= self._count:
+                return False
+            self._holders.add(holder)
+            return True
+
+    def _wait(self, holder: object, timeout: float | None) -> bool:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while not is_own_thread:
+        while True:
             sleeper = threading.Lock()
             sleeper.acquire()
             self._sleepers.append(sleeper)
+            woken = False
             try:
+                if self._take(holder):  # whoever frees a place from the append on finds the sleeper
+                    return True
                 left = deadline - time.monotonic()
-                if len(self._holders) >= self._count:  # whoever frees one from here on finds the sleeper
-                    sleeper.acquire(timeout=max(0.0, min(left, threading.TIMEOUT_MAX)))
+                woken = left > 0 and sleeper.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+                if not woken:
+                    return False
             finally:
-                try:
-                    self._sleepers.remove(sleeper)
-                except ValueError:
-                    self._wake_one()  # it was woken; should this thread not take the place, another must hear of it
-            if len(self._holders) < self._count:
-                return True
-            if left <= 0:
-                return False
-        return False
+                if not woken:
+                    self._leave(sleeper)
+
+    def _leave(self, sleeper: threading.Lock) -> None:
+        """Sleep no more; a call that came for this one all the same goes on to the next."""
+        try:
+            self._sleepers.remove(sleeper)
+        except ValueError:
+            self._wake_one()
 
     def _wake_one(self) -> None:
         with contextlib.suppress(IndexError):
