@@ -508,3 +508,17 @@ def test_an_executor_that_was_ended_does_not_warn(backend: Backend, end: str) ->
 
     _, warned = drop(make)
     assert not warned
+
+
+@on_every_host
+def test_a_start_that_is_cut_short_leaves_nothing(backend: Backend) -> None:
+    """At whatever moment: before the first process, between its start and its word that it is ready, behind that."""
+    for milliseconds in (0, 5, 10, 20, 40, 80, 120):
+        executor = taskpool.Executor(2, **backend.options)
+        futures = [executor.submit(tasks.square, 3) for _ in range(4)]
+        began = time.monotonic()
+        wait_until(lambda began=began, s=milliseconds / 1000: time.monotonic() >= began + s)
+        bounded(executor.terminate)
+        assert all(future.done() for future in futures)
+        del executor, futures
+        gc.collect()  # what still has a descriptor warns here, and that is an error

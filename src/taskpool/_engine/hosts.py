@@ -583,6 +583,7 @@ class PoolHost(Host):
             self._pool = None
         for worker in self._crew.hosted_by(pool):
             self._crew.start_died(worker, processes)
+        self._end_if_unused(pool)  # it may have had no worker left
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """Use another Pool from now on."""
@@ -612,9 +613,13 @@ class PoolHost(Host):
             pool, call = hosted
             self._exit.forget(pool.drop_process(worker.pid))
             pool.forget(call)
-            if pool is not self._pool and not pool.calls:
-                self._watch_no_more(pool)
-                pool.end()
+            self._end_if_unused(pool)
+
+    def _end_if_unused(self, pool: _HostingPool) -> None:
+        """End a replaced Pool once nothing runs in it."""
+        if pool is not self._pool and not pool.calls:
+            self._watch_no_more(pool)
+            pool.end()
 
     def close(self) -> None:
         """End the Pool."""
@@ -636,6 +641,7 @@ class _HostingPool:
         self._reader = Connection(life, writable=False)
         self._processes: dict[int | None, Any] = {}
         self.calls: set[Any] = set()
+        self._ended = False
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
@@ -670,7 +676,10 @@ class _HostingPool:
         self._pool._cache.pop(call._job, None)  # type: ignore[attr-defined]
 
     def end(self) -> None:
-        """End the Pool within a bound: `terminate` can wait for ever on a lock that a killed process held."""
+        """End the Pool, once, within a bound: `terminate` can wait for ever on a lock that a killed process held."""
+        if self._ended:
+            return
+        self._ended = True
         thread = threading.Thread(target=self._terminate, name="taskpool-pool-end", daemon=True)
         try:
             thread.start()

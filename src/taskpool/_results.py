@@ -1,0 +1,337 @@
+"""One call of a map, on the caller's side: its input is read ahead by a bound, its results are kept until asked for.
+
+The input is cut into pieces, which the backend takes in the caller's thread. What comes back is handed out as results
+or as `Outcome` records, in the order of the input or as it comes, to a thread or to an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any
+
+from taskpool._map import MapBackend, MapJob, Settled
+from taskpool._outcome import Outcome, short_repr
+from taskpool.errors import CallTimeoutError
+
+READ_AHEAD = 4  # items per worker that are read ahead of the results
+AHEAD_SECONDS = 20e-3  # ... or as many quick ones as keep it busy for so long,
+MOST_AHEAD = 1024  # ... but no more than so many,
+AHEAD_BYTES = 16 << 20  # ... and no more than take so much memory
+LARGEST_PIECE = 1 << 16  # items that are pickled together
+TURN = 5e-3  # seconds after which an event loop gets its turn, however much there is to hand out
+
+
+class MapResults:
+    """One map: reads its input ahead, and hands out what becomes of it.
+
+    Args:
+        backend: Who runs the items.
+        job: What to do with each.
+        source: The input; read in the thread that asks for results, and in the call that made this.
+        timeout: Seconds from now until the last result must be there; None is no limit.
+        buffersize: How many items may be read ahead of the results; None decides by how quick and how large they are,
+            or takes all at once if the map is eager.
+        eager: Whether everything is submitted at once where the input's length is known.
+        ordered: Whether results come in the order of the input.
+        keeps_items: Whether the items are kept until their outcomes are handed out.
+    """
+
+    def __init__(
+        self,
+        backend: MapBackend,
+        job: MapJob,
+        source: Iterable[Any],
+        *,
+        timeout: float | None,
+        buffersize: int | None,
+        eager: bool = False,
+        ordered: bool = True,
+        keeps_items: bool = False,
+    ) -> None:
+        self._backend = backend
+        self._job = job
+        self._seconds = timeout
+        self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
+        self._buffersize = buffersize
+        self._ordered = ordered
+        self._sequence = source if isinstance(source, range | list | tuple) else None
+        self._source = iter(source)
+        job.total = len(source) if isinstance(source, Sized) else None
+        self._all_at_once = eager and job.total is not None
+        self._items: dict[int, tuple[Any, float]] | None = {} if keeps_items else None  # (item, when it was read)
+        self._read = 0  # items taken from the input
+        self._taken = 0  # items whose outcomes were handed out; in order, the item that is due
+        self._split: deque[Settled] = deque()  # items of a group that could not be handed out together
+        self._input_error: BaseException | None = None
+        self._exhausted = job.total == 0
+        self._closed = False
+        self._on_close: list[Callable[[], None]] = []
+        self._wall = time.time() - time.monotonic()
+        self._feed()
+
+    # Input
+
+    def _window(self) -> int | None:
+        """How many items may be read ahead; None is all."""
+        if self._buffersize is not None:
+            return self._buffersize
+        if self._all_at_once:
+            return None
+        each, job = READ_AHEAD, self._job
+        if job.seconds:
+            each = max(each, min(MOST_AHEAD, int(AHEAD_SECONDS / job.seconds)))
+        if job.item_bytes:
+            each = max(READ_AHEAD, min(each, int(AHEAD_BYTES / job.item_bytes)))
+        return self._backend.workers * each
+
+    def _feed(self) -> None:
+        """Read ahead as far as the window allows."""
+        window = self._window()
+        size = 1
+        while not self._exhausted and not self._is_late():
+            room = LARGEST_PIECE if window is None else window - (self._read - self._taken)
+            # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
+            if room <= 0 or (window is not None and room < window // 2 and self._read > self._taken):
+                return
+            if window is None:
+                size = min(max(size * 2, self._job.chunksize or 1), LARGEST_PIECE)
+            else:
+                size = self._job.chunksize or max(1, room // (2 * self._backend.workers))
+            items = self._cut(min(size, room))
+            if items:
+                self._submit(items)
+
+    def _submit(self, items: Sequence[Any]) -> None:
+        if self._items is not None:
+            queued = time.monotonic()
+            self._items.update((index, (item, queued)) for index, item in enumerate(items, self._read))
+        self._backend.submit_items(self._job, self._read, items)
+        self._read += len(items)
+        if self._exhausted and self._job.total is None:
+            self._job.total = self._read
+
+    def _is_late(self) -> bool:
+        """Whether the call's time is over: what has not been read by then could not be done in time."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _cut(self, size: int) -> Sequence[Any]:
+        if self._sequence is not None:
+            items = self._sequence[self._read : self._read + size]
+            self._exhausted = self._read + len(items) >= len(self._sequence)
+            return items
+        items = []
+        try:
+            items.extend(islice(self._source, size))  # keeps what came before an error
+        except Exception as error:
+            self._input_error = error
+            self._exhausted = True
+        except BaseException:  # Ctrl-C
+            self.close(stop=True)
+            raise
+        else:
+            self._exhausted = len(items) < size
+        return items
+
+    def finish_reading(self) -> None:
+        """Read an input of unknown length to its end: the executor is being shut down and finishes what was accepted."""
+        if self._buffersize is None and not self._closed:
+            self._all_at_once = True
+            self._feed()
+
+    # Output
+
+    def values(self) -> Generator[Any]:
+        """Hand out the results; a generator, so that each costs little, and that ends the map when it is dropped.
+
+        Raises:
+            CallTimeoutError: If the map's timeout has passed; what it had started is stopped.
+            Exception: The item's own error; what the map had started is stopped.
+        """
+        try:
+            while values := self._next_values():
+                values.reverse()
+                while values:
+                    yield values.pop()  # what was handed out is not kept
+        finally:
+            self.close(stop=False)
+
+    def as_list(self) -> list[Any]:
+        """Return all results at once. Raises what `values` would raise."""
+        results: list[Any] = []
+        try:
+            while values := self._next_values():
+                results += values
+        finally:
+            self.close(stop=False)
+        return results
+
+    def outcomes(self) -> Generator[Outcome[Any, Any]]:
+        """Hand out a record for each item.
+
+        Raises:
+            CallTimeoutError: If the map's timeout has passed; what it had started is stopped.
+        """
+        try:
+            while (settled := self._next_settled()) is not None:
+                yield from self._records(settled)
+        finally:
+            self.close(stop=False)
+
+    async def aoutcomes(self) -> AsyncGenerator[Outcome[Any, Any]]:
+        """Hand out a record for each item to a coroutine; the event loop is never blocked. Raises as `outcomes`."""
+        turned = time.monotonic()
+        try:
+            async for settled in self._arriving():
+                for record in self._records(settled):
+                    yield record
+                    if time.monotonic() - turned > TURN:
+                        await asyncio.sleep(0)
+                        turned = time.monotonic()
+        finally:
+            self.close(stop=True)
+
+    async def _arriving(self) -> AsyncGenerator[Settled]:
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._job.on_settled = lambda: _call_in(loop, arrived.set)
+        while not self._is_finished():
+            arrived.clear()  # before the look: what comes behind it sets it again
+            settled = self._poll()
+            if settled is not None:
+                yield settled
+                continue
+            try:
+                async with asyncio.timeout(self._left()):
+                    await arrived.wait()
+            except TimeoutError:
+                raise self._timed_out() from None
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
+    def _next_settled(self) -> Settled | None:
+        """Return the next group; None at the end."""
+        try:
+            if self._is_finished():
+                return None
+            settled = self._job.take(self._due(), self._deadline)
+            if settled is None:
+                raise self._timed_out()
+        except BaseException:
+            self.close(stop=True)
+            raise
+        self._taken += settled.count
+        return settled
+
+    def _poll(self) -> Settled | None:
+        settled = self._job.poll(self._due())
+        if settled is not None:
+            self._taken += settled.count
+        return settled
+
+    def _due(self) -> int | None:
+        return self._taken if self._ordered else None
+
+    def _is_finished(self) -> bool:
+        """Read ahead, and tell whether all that was read has been handed out.
+
+        Raises:
+            CallTimeoutError: If there is more to read, and no time.
+            Exception: What the input raised.
+        """
+        self._feed()
+        if self._taken < self._read:
+            return False
+        if self._input_error is not None:
+            raise self._input_error
+        if not self._exhausted:
+            raise self._timed_out()
+        return True
+
+    def _next_values(self) -> list[Any]:
+        """Return the next results; none at the end."""
+        while True:
+            settled = self._split.popleft() if self._split else self._next_settled()
+            if settled is None:
+                return []
+            values, error = settled.outcome.decode()
+            if error is None:
+                return values  # type: ignore[no-any-return]
+            if settled.count == 1:
+                self._blame(settled.index, error)
+                self.close(stop=True)
+                raise error
+            self._split.extend(settled.singly())
+
+    def _blame(self, index: int, error: BaseException) -> None:
+        """Have the error say which item it is of."""
+        item = "" if self._sequence is None else f" ({short_repr(self._sequence[index])})"
+        error.add_note(
+            f"raised by item {index}{item} of a map, of which {self._job.finished - self._job.failed} items had "
+            "results; `outcomes` keeps them, and has a record for each failure"
+        )
+
+    def _records(self, settled: Settled) -> Iterator[Outcome[Any, Any]]:
+        values, error = settled.outcome.decode()
+        if error is not None and settled.count > 1:
+            for one in settled.singly():
+                yield from self._records(one)
+            return
+        each = settled.seconds / settled.count
+        for offset, value in enumerate(values if error is None else (None,)):
+            yield self._record(settled, offset, each, value, error)
+
+    def _record(
+        self, settled: Settled, offset: int, each: float, value: Any, error: BaseException | None
+    ) -> Outcome[Any, Any]:
+        assert self._items is not None
+        index = settled.index + offset
+        item, queued = self._items.pop(index)
+        started = settled.started + offset * each
+        ended = started + each if settled.started else time.monotonic()
+        return Outcome(
+            index=index,
+            item=item,
+            error=error,
+            attempts=settled.attempts,
+            seconds=each,
+            worker=settled.worker,
+            queued=self._wall + queued,
+            started=self._wall + started if settled.started else None,
+            finished=self._wall + ended,
+            value=value,
+        )
+
+    def _timed_out(self) -> CallTimeoutError:
+        finished = self._job.finished
+        return CallTimeoutError(
+            f"the map did not finish within {self._seconds:g} seconds; {finished} of "
+            f"{self._read if self._exhausted else 'more than ' + str(self._read)} items had finished",
+            seconds=self._seconds,
+            finished=finished,
+        )
+
+    # The end
+
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Have `call` called when the map ends, however it ends."""
+        self._on_close.append(call)
+
+    def close(self, *, stop: bool) -> None:
+        """End the map: items that have not started never will; what runs is stopped or may finish."""
+        if not self._closed:
+            self._closed = True
+            self._job.cancel()
+            self._backend.cancel_job(self._job, stop=stop)
+            for call in self._on_close:
+                call()
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:  # the loop is closed, and nobody waits there any more
+        return
