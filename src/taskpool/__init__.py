@@ -14,9 +14,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskpool._calls import MapOptions as MapOptions
+    from taskpool._calls import View as View
+    from taskpool._current import CurrentTask as CurrentTask
+    from taskpool._current import current_task as current_task
+    from taskpool._default import imap as imap
+    from taskpool._default import imap_unordered as imap_unordered
     from taskpool._default import map as map  # noqa: A004
+    from taskpool._default import outcomes as outcomes
+    from taskpool._default import starmap as starmap
     from taskpool._executor import Executor as Executor
-    from taskpool._executor import View as View
+    from taskpool._outcome import Outcome as Outcome
+    from taskpool._retry import RetryPolicy as RetryPolicy
+    from taskpool._retry import retry as retry
     from taskpool._task import TaskFuture as TaskFuture
     from taskpool.backends.base import Capabilities as Capabilities
     from taskpool.backends.base import Stats as Stats
@@ -35,9 +45,15 @@ if TYPE_CHECKING:
 # Where each public name lives. It is imported when it is first used, so that `import taskpool` costs next to nothing,
 # in the workers above all.
 _HOMES = {
-    "map": "taskpool._default",
+    **dict.fromkeys(("map", "starmap", "imap", "imap_unordered", "outcomes"), "taskpool._default"),
     "Executor": "taskpool._executor",
-    "View": "taskpool._executor",
+    "View": "taskpool._calls",
+    "MapOptions": "taskpool._calls",
+    "Outcome": "taskpool._outcome",
+    "retry": "taskpool._retry",
+    "RetryPolicy": "taskpool._retry",
+    "current_task": "taskpool._current",
+    "CurrentTask": "taskpool._current",
     "TaskFuture": "taskpool._task",
     "Capabilities": "taskpool.backends.base",
     "Stats": "taskpool.backends.base",
@@ -61,9 +77,19 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "map",
+    "starmap",
+    "imap",
+    "imap_unordered",
+    "outcomes",
+    "retry",
+    "current_task",
     "Executor",
     "View",
     "TaskFuture",
+    "Outcome",
+    "MapOptions",
+    "RetryPolicy",
+    "CurrentTask",
     "Stats",
     "Capabilities",
     "CallTimeoutError",

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
+from taskpool._calls import Calls, ZipOptions
+from taskpool._checks import check_count, default_workers
 from taskpool._executor import Executor
-from taskpool._options import check_count, default_workers
+from taskpool._outcome import Outcome
+
+if TYPE_CHECKING:
+    from taskpool._retry import Retry
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 IDLE_TIMEOUT = 10.0  # seconds after which a worker that has nothing to do is let go
 
@@ -34,25 +40,39 @@ def default_executor(max_workers: int | None = None, backend: str = "process") -
         return executor
 
 
-def map(  # noqa: A001  (it is named for what it does)
-    fn: Callable[..., R],
-    *iterables: Iterable[Any],
-    timeout: float | None = None,
-    task_timeout: float | None = None,
-    chunksize: int | None = None,
-    max_workers: int | None = None,
-    backend: str = "process",
-) -> list[R]:
+class SharedOptions(ZipOptions, total=False):
+    """How a map on a shared executor is run, beyond `MapOptions`.
+
+    Attributes:
+        max_workers: How many workers; None is one for each CPU that this process may use.
+        backend: What runs them; see `Executor`.
+        task_timeout: The longest run of each item, in seconds; the item is stopped then.
+        retry: How often an item that fails is tried; see `Executor`.
+        name: The name of the items in errors and logs.
+    """
+
+    max_workers: int | None
+    backend: str
+    task_timeout: float | None
+    retry: Retry | None
+    name: str | None
+
+
+def _shared(how: SharedOptions) -> tuple[Calls, dict[str, Any]]:
+    """Return whom to call, and what is left of the options for that call."""
+    left: dict[str, Any] = dict(how)
+    executor = default_executor(left.pop("max_workers", None), left.pop("backend", "process"))
+    changes = {name: left.pop(name) for name in ("task_timeout", "retry", "name") if name in left}
+    return executor.options(**changes), left
+
+
+def map(fn: Callable[..., R], *iterables: Iterable[Any], **how: Unpack[SharedOptions]) -> list[R]:  # noqa: A001  (it is named for what it does)
     """Run `fn` on every item, in several processes, and return the results in order.
 
     Args:
         fn: What to call with one item of each iterable; lambdas and functions of `__main__` work too.
         iterables: The inputs; the shortest one ends the map.
-        timeout: The longest time that this call may take, in seconds; what it had started is stopped then.
-        task_timeout: The longest run of each item, in seconds; the item is stopped then.
-        chunksize: How many items a worker gets at a time; None decides by how long they take.
-        max_workers: How many workers; None is one for each CPU that this process may use.
-        backend: What runs them; see `Executor`.
+        how: See `SharedOptions`.
 
     Returns:
         The results, in the order of the items.
@@ -62,10 +82,60 @@ def map(  # noqa: A001  (it is named for what it does)
         TaskTimeoutError: If an item passed `task_timeout`.
         Exception: The first failing item's own exception.
     """
-    executor = default_executor(max_workers, backend)
-    options = {} if task_timeout is None else {"task_timeout": task_timeout}
-    view = executor.options(**options)
-    return view._start_map(fn, iterables, timeout=timeout, chunksize=chunksize).as_list()
+    calls, left = _shared(how)
+    return calls._start(fn, iterables, left, eager=True).as_list()
+
+
+def starmap(fn: Callable[..., R], iterable: Iterable[Iterable[Any]], **how: Unpack[SharedOptions]) -> list[R]:
+    """Run `fn(*item)` for every item, and return the results in order. Everything else is as in `map`."""
+    calls, left = _shared(how)
+    return calls._start(fn, (iterable,), left, star=True, eager=True).as_list()
+
+
+def imap(fn: Callable[..., R], *iterables: Iterable[Any], **how: Unpack[SharedOptions]) -> Iterator[R]:
+    """Run `fn` on the items as they are asked for: lazily, by a bound. Everything else is as in `map`.
+
+    Returns:
+        An iterator over the results, in the order of the items.
+    """
+    calls, left = _shared(how)
+    return calls.imap(fn, *iterables, **left)
+
+
+def imap_unordered(fn: Callable[..., R], *iterables: Iterable[Any], **how: Unpack[SharedOptions]) -> Iterator[R]:
+    """Run `fn` on the items, lazily, and return an iterator over the results as they come."""
+    calls, left = _shared(how)
+    return calls.imap_unordered(fn, *iterables, **left)
+
+
+@overload
+def outcomes(
+    fn: Callable[[T], R], iterable: Iterable[T], /, *, ordered: bool = ..., **how: Unpack[SharedOptions]
+) -> Iterator[Outcome[T, R]]: ...
+
+
+@overload
+def outcomes(
+    fn: Callable[..., R], /, *iterables: Iterable[Any], ordered: bool = ..., **how: Unpack[SharedOptions]
+) -> Iterator[Outcome[Any, R]]: ...
+
+
+def outcomes(
+    fn: Callable[..., Any], /, *iterables: Iterable[Any], ordered: bool = False, **how: Unpack[SharedOptions]
+) -> Iterator[Outcome[Any, Any]]:
+    """Run `fn` on the items, and return an iterator over records of how each ended. No failure costs another item.
+
+    Args:
+        fn: What to call with one item of each iterable.
+        iterables: The inputs; the shortest one ends it.
+        ordered: Whether the records come in the order of the input; otherwise as items end.
+        how: See `SharedOptions`.
+
+    Raises:
+        CallTimeoutError: If `timeout` has passed, by the iterator; what was started is stopped.
+    """
+    calls, left = _shared(how)
+    return calls.outcomes(fn, *iterables, ordered=ordered, **left)
 
 
 def _start_afresh() -> None:

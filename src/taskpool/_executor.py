@@ -2,141 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as _StandardExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-from taskpool._map import MapBackend, MapJob, MapResults
-from taskpool._options import (
-    TaskOptions,
-    check_callable,
-    check_count,
-    check_limit,
-    check_seconds,
-    default_workers,
-)
-from taskpool._task import TaskFuture
+from taskpool._calls import Calls
+from taskpool._checks import check_callable, check_count, check_limit, check_name, check_seconds, default_workers
+from taskpool._options import TaskOptions
+from taskpool._results import MapResults
 from taskpool.backends import make_backend
 from taskpool.backends.base import Backend, Setup, Stats
 
-P = ParamSpec("P")
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from taskpool._retry import Retry
 
 EXIT_TIMEOUT = 60.0  # seconds that the end of the interpreter waits for accepted tasks, unless shutdown_timeout is set
 STOP_TIME = 2.0  # seconds beyond its bound in which a shutdown has killed and buried everything
 
 _numbers = iter(range(1, 1 << 62))
-
-
-class Calls:
-    """The calls that an executor and its views share: tasks run with `self._options` on `self._executor`."""
-
-    _executor: Executor
-    _options: TaskOptions
-
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]:
-        """Have `fn(*args, **kwargs)` run in a worker.
-
-        Args:
-            fn: What to call; functions of `__main__`, lambdas and closures work too.
-            args: Its arguments.
-            kwargs: Its keyword arguments. Options of the task are given by `options`, so none is taken from these.
-
-        Returns:
-            The task's future. What cannot be pickled fails the future, with `NotSendableError`.
-
-        Raises:
-            TypeError: If `fn` cannot be called.
-            RuntimeError: If the executor was shut down.
-            ForkedExecutorError: If this process is a fork of the one that made the executor.
-            QueueFullError: If `max_pending` tasks are waiting and none was taken within `submit_timeout`.
-            InitializerError: If no worker can be made ready.
-        """
-        executor = self._executor
-        check_callable(fn, "fn")
-        executor._check_open()
-        return executor._backend.submit(fn, args, kwargs, self._options)
-
-    def map(
-        self,
-        fn: Callable[..., R],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-    ) -> Iterator[R]:
-        """Run `fn` on the items of `iterables`, as the built-in `map` does, and return their results in order.
-
-        Args:
-            fn: What to call with one item of each iterable.
-            iterables: The inputs; the shortest one ends the map. If all have a length everything is submitted at
-                once; otherwise the input is read ahead by `buffersize`, so that it may be endless.
-            timeout: Seconds from this call within which the last result must be there; None is no limit.
-            chunksize: How many items a worker gets at a time. None measures how long items take and decides by that.
-                Either way each item has its own limit and its own outcome.
-            buffersize: How many items may be submitted whose results were not asked for yet. None is all where the
-                length is known, and a small multiple of the number of workers where it is not.
-
-        Returns:
-            An iterator. It raises the first failing item's own exception, or `CallTimeoutError`; both stop what the
-            map had started.
-
-        Raises:
-            TypeError: If `fn` cannot be called, there is no iterable, or one cannot be iterated.
-            ValueError: If `chunksize` or `buffersize` is less than 1.
-            RuntimeError: If the executor was shut down.
-        """
-        return iter(self._start_map(fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize))
-
-    def _start_map(
-        self,
-        fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
-        *,
-        timeout: float | None,
-        chunksize: int | None,
-        buffersize: int | None = None,
-    ) -> MapResults:
-        check_callable(fn, "fn")
-        seconds = check_seconds(timeout, "timeout")
-        chunk = check_count(chunksize, "chunksize")
-        window = check_count(buffersize, "buffersize")
-        if not iterables:
-            raise TypeError("map needs at least one iterable")
-        self._executor._check_open()
-        job = MapJob(fn, star=len(iterables) > 1, options=self._options, chunksize=chunk)
-        results = MapResults(_Feeder(self._executor), job, _zipped(iterables), timeout=seconds, buffersize=window)
-        self._executor._maps.add(results)
-        return results
-
-    def options(self, **changes: Any) -> View:
-        """Return a view on the same executor, with other options for the tasks that are submitted through it.
-
-        Args:
-            changes: `task_timeout` (seconds), `grace` (seconds), `name`, `priority`, `submit_timeout` (seconds).
-
-        Raises:
-            TypeError: If an option is unknown or of a wrong type.
-            ValueError: If a value is out of range.
-        """
-        return View(self._executor, self._options.merge(changes))
-
-
-class View(Calls):
-    """Calls on an executor with options of their own; made by `options`, on an executor or on another view."""
-
-    def __init__(self, executor: Executor, options: TaskOptions) -> None:
-        self._executor = executor
-        self._options = options
-
-    def __repr__(self) -> str:
-        return f"<view on {self._executor!r} with {self._options}>"
 
 
 class Executor(Calls, _StandardExecutor):
@@ -156,6 +48,8 @@ class Executor(Calls, _StandardExecutor):
         task_timeout: The longest run of a task in seconds, from its start in a worker; None is no limit. A task that
             passes it is stopped and fails with `TaskTimeoutError`.
         grace: How long a task that is being stopped may take to clean up, in seconds, before its process is killed.
+        retry: How often a task that fails, passes its limit or loses its worker is tried: a number of attempts,
+            `taskpool.retry(...)`, or a stop, wait or retry strategy of tenacity. None is once.
         max_pending: How many submitted tasks may wait for a worker; None is no limit. `submit` then waits.
         submit_timeout: How long it waits, in seconds, before it raises `QueueFullError`; None is no limit.
         shutdown_timeout: The bound of `shutdown`, of leaving `with`, and of the interpreter's end, in seconds. None
@@ -184,6 +78,7 @@ class Executor(Calls, _StandardExecutor):
         max_tasks_per_child: int | None = None,
         task_timeout: float | None = None,
         grace: float = 0.5,
+        retry: Retry | None = None,
         max_pending: int | None = None,
         submit_timeout: float | None = None,
         shutdown_timeout: float | None = None,
@@ -191,8 +86,8 @@ class Executor(Calls, _StandardExecutor):
         name: str | None = None,
     ) -> None:
         self._closed = False
-        self.name: str = _check_name(name) or f"taskpool-{next(_numbers)}"
-        options = {"task_timeout": task_timeout, "grace": grace, "submit_timeout": submit_timeout}
+        self.name: str = check_name(name) or f"taskpool-{next(_numbers)}"
+        options = {"task_timeout": task_timeout, "grace": grace, "retry": retry, "submit_timeout": submit_timeout}
         self._options = TaskOptions().merge(options)
         self._shutdown_timeout = check_seconds(shutdown_timeout, "shutdown_timeout")
         self._lock = threading.RLock()
@@ -238,7 +133,7 @@ class Executor(Calls, _StandardExecutor):
         self._backend.check_process()
         deadline = None if seconds is None else time.monotonic() + seconds
         if wait and not cancel_futures and not self._closed:
-            self._finish_maps(deadline)
+            self._finish_maps()
         self._closed = True
         self._backend.close(cancel=cancel_futures)
         if not wait or self._backend.is_own_thread():
@@ -287,6 +182,26 @@ class Executor(Calls, _StandardExecutor):
         else:
             self.terminate()
 
+    async def __aenter__(self) -> Self:
+        """Enter `async with`."""
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave `async with`: as `with`, but in another thread, so that the event loop goes on.
+
+        Cancelling this wait stops what runs.
+        """
+        ending = asyncio.ensure_future(asyncio.to_thread(self.__exit__, exc_type, error, trace))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            self._closed = True
+            self._backend.terminate(time.monotonic())
+            await ending
+            raise
+
     def __repr__(self) -> str:
         state = "shut down" if self._closed else "open"
         return f"<Executor {self.name} backend={self._backend.name!r} workers={self._backend.workers} {state}>"
@@ -308,9 +223,9 @@ class Executor(Calls, _StandardExecutor):
             ended = "interpreter shutdown" if _exiting else "shutdown"
             raise RuntimeError(f"cannot schedule new futures after {ended}")
 
-    def _finish_maps(self, deadline: float | None) -> None:
+    def _finish_maps(self) -> None:
         for results in list(self._maps):
-            results.finish_reading(deadline)
+            results.finish_reading()
 
     def _stop(self, *, kill_after: float | None) -> None:
         self._closed = True
@@ -325,48 +240,6 @@ class Executor(Calls, _StandardExecutor):
         if ended:
             _open_backends.discard(self._backend)
         return ended
-
-
-class _Feeder(MapBackend):
-    """What a map gets of its executor: as long as somebody iterates, the executor must not be dropped."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.workers = executor._backend.workers
-
-    def submit_items(self, job: MapJob, first: int, items: Any) -> None:
-        self._executor._check_open()
-        self._executor._backend.submit_items(job, first, items)
-
-    def cancel_job(self, job: MapJob, *, stop: bool) -> None:
-        self._executor._backend.cancel_job(job, stop=stop)
-
-
-def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:
-    if len(iterables) == 1:
-        return iterables[0]
-    if all(hasattr(iterable, "__len__") for iterable in iterables):
-        return _SizedZip(iterables)
-    return zip(*iterables, strict=False)
-
-
-class _SizedZip:
-    """Several inputs whose lengths are known: so is that of what they make together."""
-
-    def __init__(self, iterables: tuple[Any, ...]) -> None:
-        self._iterables = iterables
-
-    def __len__(self) -> int:
-        return min(map(len, self._iterables))
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        return zip(*self._iterables, strict=False)
-
-
-def _check_name(name: object) -> str | None:
-    if name is None or isinstance(name, str):
-        return name
-    raise TypeError(f"name must be text or None, not {name!r}")
 
 
 def _check_initargs(initargs: object) -> tuple[Any, ...]:

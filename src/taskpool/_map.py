@@ -1,30 +1,56 @@
-"""One call of `map`: its input is read ahead by a bound, its outcomes are kept until they are asked for.
+"""One map, as the engine sees it: what to do with each item, and where its outcome goes.
 
-The input is cut into pieces, each pickled in the caller's thread. Outcomes come back in groups of neighbouring items,
-in any order; together the groups cover the items without gap or overlap. So whoever reads in order finds, at each
-index that is due, the beginning of a group.
+Items go to workers in pieces; outcomes come back in groups of neighbouring items, in any order. Together the groups
+cover the items without gap or overlap. So whoever reads in order finds, at each index that is due, the beginning of a
+group; whoever does not takes the groups as they come.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence, Sized
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from taskpool._options import TaskOptions
-from taskpool._task import Outcome
-from taskpool.errors import CallTimeoutError
+from taskpool._retry import Attempts
+from taskpool._task import RawOutcome, task_ids
 
-READ_AHEAD = 4  # items per worker that are read ahead from an input of unknown length
-READ_AHEAD_QUICK = 64  # ... when they turn out to be quicker than QUICK_ITEM
-QUICK_ITEM = 1e-3
-LARGEST_PIECE = 1 << 16  # items that are pickled together
+
+class Settled(NamedTuple):
+    """The outcome of neighbouring items: the list of their results together, or the error of one.
+
+    Attributes:
+        item: The index of the first item.
+        items: How many they are; 1 for an error.
+        outcome: Decodes to the list of their results, or to the error.
+        started: When the first of them began (monotonic); 0 if none has.
+        seconds: How long they took together; 0 if that was not measured.
+        worker: The name of the worker that ran them; None if none has.
+        attempts: How many attempts it took.
+    """
+
+    item: int
+    items: int
+    outcome: RawOutcome
+    started: float = 0.0
+    seconds: float = 0.0
+    worker: str | None = None
+    attempts: int = 1
+
+    def singly(self) -> list[Settled]:
+        """Return each item by itself: together their results cannot be decoded, or must be judged one by one."""
+        if self.items == 1:
+            return [self]
+        each = self.seconds / self.items
+        return [
+            self._replace(item=self.item + k, items=1, outcome=part, started=self.started + k * each, seconds=each)
+            for k, part in enumerate(self.outcome.parts(self.items))
+        ]
 
 
 class MapJob:
-    """What the engine knows of a map: how to run an item, and where its outcome goes.
+    """What the engine knows of a map.
 
     Args:
         fn: The function.
@@ -34,6 +60,7 @@ class MapJob:
     """
 
     def __init__(self, fn: Callable[..., Any], *, star: bool, options: TaskOptions, chunksize: int | None) -> None:
+        self.id: int = next(task_ids)
         self.fn = fn
         self.star = star
         self.options = options
@@ -41,42 +68,58 @@ class MapJob:
         self.cancelled: bool = False
         self.deadline: float | None = None  # the call's own (monotonic)
         self.seconds: float | None = None  # how long an item takes, of late
+        self.item_bytes: float = 0.0  # how large it is, or its result, pickled
+        self.attempts: dict[int, Attempts] = {}  # of items that have failed and may be tried again
+        self.total: int | None = None  # how many items there are, once that is known
         self.finished: int = 0
-        self._groups: dict[int, tuple[int, Outcome]] = {}
+        self.failed: int = 0
+        self.on_settled: Callable[[], None] | None = None  # called after each group; must not block
+        self._reports: dict[int, float] = {}  # how far running items say they are, from 0 to 1
+        self._groups: dict[int, Settled] = {}
         self._lock = threading.RLock()
-        self._sleeper: threading.Lock | None = None  # of the thread that waits for the next group
+        self._sleeper: threading.Lock | None = None  # of the thread that waits for a group
 
-    def deposit(self, index: int, count: int, outcome: Outcome, seconds: float | None = None) -> None:
-        """Keep the outcome of the items from `index` on: a list of results, or the error of one item.
-
-        Args:
-            index: The first item.
-            count: How many items; 1 for an error.
-            outcome: Theirs.
-            seconds: How long they took together, if that was measured.
-        """
-        if seconds is not None:
-            each = seconds / count
-            known = self.seconds
-            self.seconds = each if known is None or each > known else 0.7 * known + 0.3 * each
+    def settle(self, settled: Settled) -> None:
+        """Keep a group until it is asked for."""
+        self._measure(settled)
         with self._lock:
             if not self.cancelled:
-                self._groups[index] = count, outcome
-            self.finished += count
+                self._groups[settled.item] = settled
+            self.finished += settled.items
+            self.failed += not settled.outcome.ok
+            if self._reports:
+                self._forget_reports(settled)
             sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None:
             sleeper.release()
+        if self.on_settled is not None:
+            self.on_settled()
 
-    def take(self, index: int, deadline: float | None) -> tuple[int, Outcome] | None:
-        """Wait for the group that begins at `index` and return (its length, its outcome); None when time is up."""
+    def _measure(self, settled: Settled) -> None:
+        if settled.seconds and settled.outcome.ok:
+            each = settled.seconds / settled.items
+            known = self.seconds
+            self.seconds = each if known is None or each > known else 0.7 * known + 0.3 * each
+            self.item_bytes = max(self.item_bytes, settled.outcome.size / settled.items)
+
+    def poll(self, index: int | None) -> Settled | None:
+        """Take the group that begins at `index`, or any if that is None; None if it has not come."""
+        with self._lock:
+            if index is None:
+                index = next(iter(self._groups), None)
+            return None if index is None else self._groups.pop(index, None)
+
+    def take(self, index: int | None, deadline: float | None) -> Settled | None:
+        """Wait for the group that begins at `index`, or for any, and take it; None when time is up."""
         # A lock of its own each time, not a condition, which a signal handler that raises may leave half taken.
         while True:
             sleeper = threading.Lock()
             sleeper.acquire()
             with self._lock:
                 self._sleeper = sleeper
-                if index in self._groups:
-                    return self._groups.pop(index)
+                settled = self.poll(index)
+            if settled is not None:
+                return settled
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return None
@@ -87,6 +130,24 @@ class MapJob:
         with self._lock:
             self.cancelled = True
             self._groups.clear()
+            self._reports.clear()
+
+    # What running items say of themselves
+
+    def report(self, index: int, done: float, total: float) -> None:
+        """Note how far a running item says it is."""
+        with self._lock:
+            if not self.cancelled and total > 0:
+                self._reports[index] = min(max(done / total, 0.0), 1.0)
+
+    def part(self) -> float:
+        """Return what the running items have done, by their own reports, in items."""
+        with self._lock:
+            return sum(self._reports.values())
+
+    def _forget_reports(self, settled: Settled) -> None:
+        for index in range(settled.item, settled.item + settled.items):
+            self._reports.pop(index, None)
 
 
 class MapBackend:
@@ -101,161 +162,3 @@ class MapBackend:
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop the job's items that have not started and, if `stop`, stop those that run."""
         raise NotImplementedError
-
-
-class MapResults:
-    """One map: reads its input ahead, and hands out the results in the order of the input.
-
-    Args:
-        backend: Who runs the items.
-        job: What to do with each.
-        source: The input; read in the thread that asks for results, and in the call that made this.
-        timeout: Seconds from now until the last result must be there; None is no limit.
-        buffersize: How many items may be read ahead of the results; None decides by the input: all of one whose
-            length is known, and a small multiple of the number of workers otherwise.
-    """
-
-    def __init__(
-        self, backend: MapBackend, job: MapJob, source: Iterable[Any], *, timeout: float | None, buffersize: int | None
-    ) -> None:
-        self._backend = backend
-        self._job = job
-        self._seconds = timeout
-        self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
-        self._buffersize = buffersize
-        self._sequence = source if isinstance(source, range | list | tuple) else None
-        self._source = iter(source)
-        self._sized = isinstance(source, Sized)
-        self._read = 0  # items taken from the input
-        self._next = 0  # the item that is due
-        self._input_error: BaseException | None = None
-        self._exhausted = isinstance(source, Sized) and not len(source)
-        self._closed = False
-        self._feed()
-
-    # Input
-
-    def _window(self) -> int | None:
-        """How many items may be read ahead; None is all."""
-        if self._buffersize is not None:
-            return self._buffersize
-        if self._sized:
-            return None
-        quick = self._job.seconds is not None and self._job.seconds < QUICK_ITEM
-        return self._backend.workers * (READ_AHEAD_QUICK if quick else READ_AHEAD)
-
-    def _feed(self) -> None:
-        """Read ahead as far as the window allows."""
-        window = self._window()
-        size = 1
-        while not self._exhausted and not self._is_late():
-            room = LARGEST_PIECE if window is None else window - (self._read - self._next)
-            # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
-            if room <= 0 or (window is not None and room < window // 2 and self._read > self._next):
-                return
-            if window is None:
-                size = min(max(size * 2, self._job.chunksize or 1), LARGEST_PIECE)
-            else:
-                size = self._job.chunksize or max(1, room // (2 * self._backend.workers))
-            items = self._cut(min(size, room))
-            if items:
-                self._backend.submit_items(self._job, self._read, items)
-                self._read += len(items)
-
-    def _is_late(self) -> bool:
-        """Whether the call's time is over: what has not been read by then could not be done in time."""
-        return self._deadline is not None and time.monotonic() >= self._deadline
-
-    def _cut(self, size: int) -> Sequence[Any]:
-        if self._sequence is not None:
-            items = self._sequence[self._read : self._read + size]
-            self._exhausted = self._read + len(items) >= len(self._sequence)
-            return items
-        items = []
-        try:
-            items.extend(islice(self._source, size))  # keeps what came before an error
-        except Exception as error:
-            self._input_error = error
-            self._exhausted = True
-        except BaseException:  # Ctrl-C
-            self._close(stop=True)
-            raise
-        else:
-            self._exhausted = len(items) < size
-        return items
-
-    def finish_reading(self, deadline: float | None) -> None:
-        """Read an input of unknown length to its end: the executor is being shut down and finishes what was accepted."""
-        if self._buffersize is None and not self._closed:
-            self._sized = True
-            self._feed()
-
-    # Output
-
-    def __iter__(self) -> Generator[Any]:
-        """Hand out the results; a generator, so that each costs little, and that ends the map when it is dropped.
-
-        Raises:
-            CallTimeoutError: If the map's timeout has passed; what it had started is stopped.
-            Exception: The item's own error; what the map had started is stopped.
-        """
-        try:
-            while values := self._next_group():
-                values.reverse()
-                while values:
-                    yield values.pop()  # what was handed out is not kept
-        finally:
-            self._close(stop=False)
-
-    def as_list(self) -> list[Any]:
-        """Return all results at once. Raises what iterating would raise."""
-        results: list[Any] = []
-        try:
-            while values := self._next_group():
-                results += values
-        finally:
-            self._close(stop=False)
-        return results
-
-    def _next_group(self) -> list[Any]:
-        """Return the next results; none at the end."""
-        self._feed()
-        if self._next < self._read:
-            return self._take_group()
-        if self._input_error is not None:
-            raise self._input_error
-        if not self._exhausted:
-            self._close(stop=True)
-            raise self._timed_out()
-        return []
-
-    def _take_group(self) -> list[Any]:
-        try:
-            group = self._job.take(self._next, self._deadline)
-            if group is None:
-                raise self._timed_out()
-            count, outcome = group
-            values, error = outcome.decode()
-            if error is not None:
-                raise error
-        except BaseException:
-            self._close(stop=True)
-            raise
-        self._next += count
-        return values  # type: ignore[no-any-return]
-
-    def _timed_out(self) -> CallTimeoutError:
-        finished = self._job.finished
-        return CallTimeoutError(
-            f"the map did not finish within {self._seconds:g} seconds; {finished} of "
-            f"{self._read if self._exhausted else 'more than ' + str(self._read)} items had finished",
-            seconds=self._seconds,
-            finished=finished,
-        )
-
-    def _close(self, *, stop: bool) -> None:
-        """End the map: items that have not started never will; what runs is stopped or may finish."""
-        if not self._closed:
-            self._closed = True
-            self._job.cancel()
-            self._backend.cancel_job(self._job, stop=stop)

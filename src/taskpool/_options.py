@@ -1,96 +1,13 @@
-"""What a caller may set, checked once at the call that brought it; and the one merge default -> executor -> call."""
+"""What holds for each task, and the one merge default -> executor -> view -> call."""
 
 from __future__ import annotations
 
-import math
-import os
 from typing import Any
 
 import attrs
 
-MAX_SECONDS = 1e8  # about three years; larger values, infinity included, mean "no limit that anyone will see"
-
-
-def check_seconds(value: Any, name: str, *, none: bool = True) -> float | None:
-    """Return `value` as seconds for a bounded wait; None, infinite and huge values mean no limit.
-
-    Args:
-        value: What the caller passed.
-        name: The argument's name, for the error message.
-        none: Whether None is accepted.
-
-    Raises:
-        TypeError: If it is not a number (bool and text are not).
-        ValueError: If it is NaN.
-    """
-    if value is None and none:
-        return None
-    if value is None or isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str | bytes):
-        raise TypeError(f"{name} must be a number of seconds{' or None' if none else ''}, not {value!r}")
-    try:
-        seconds = float(value)
-    except OverflowError:  # an integer beyond the largest float, say 10**400
-        seconds = math.inf
-    if math.isnan(seconds):
-        raise ValueError(f"{name} must be a number of seconds, not NaN")
-    if seconds > MAX_SECONDS:
-        return None if none else MAX_SECONDS
-    return max(seconds, 0.0)
-
-
-def check_limit(value: object, name: str = "task_timeout") -> float | None:
-    """Return a task's limit in seconds: like `check_seconds`, but zero and negative limits are mistakes.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is NaN, zero or negative.
-    """
-    seconds = check_seconds(value, name)
-    if seconds is not None and seconds <= 0:
-        raise ValueError(f"{name} must be greater than 0 seconds, not {value!r}; None means no limit")
-    return seconds
-
-
-def check_count(value: Any, name: str, *, none: bool = True) -> int | None:
-    """Return a positive whole number or, where allowed, None.
-
-    Raises:
-        TypeError: If it is not a whole number.
-        ValueError: If it is less than 1.
-    """
-    if value is None and none:
-        return None
-    if value is None or isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number{' or None' if none else ''}, not {value!r}")
-    count = int(value.__index__())
-    if count <= 0:
-        raise ValueError(f"{name} must be greater than 0")  # the standard library's text
-    return count
-
-
-def check_callable(value: object, name: str) -> None:
-    """Raise TypeError unless `value` can be called."""
-    if not callable(value):
-        raise TypeError(f"{name} must be a callable, not {value!r}")
-
-
-def default_workers() -> int:
-    """Return how many CPUs this process may use (its affinity mask, where the system has one)."""
-    try:
-        return len(os.sched_getaffinity(0)) or 1
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
-def check_priority(value: object) -> int:
-    """Return a task's priority.
-
-    Raises:
-        TypeError: If it is not a whole number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"priority must be a whole number, not {value!r}")
-    return value
+from taskpool._checks import check_limit, check_name, check_priority, check_seconds
+from taskpool._retry import RetryPolicy, as_policy
 
 
 @attrs.frozen
@@ -103,6 +20,7 @@ class TaskOptions:
         name: The task's name in errors, logs and statistics; None names it after its function.
         priority: Tasks of a higher priority leave the queue first; equals first come, first served.
         submit_timeout: How long `submit` waits for a place when `max_pending` tasks are waiting; None has no bound.
+        retry: When a task that failed is tried again; None is never.
     """
 
     task_timeout: float | None = None
@@ -110,6 +28,7 @@ class TaskOptions:
     name: str | None = None
     priority: int = 0
     submit_timeout: float | None = None
+    retry: RetryPolicy | None = None
 
     def merge(self, changes: dict[str, Any]) -> TaskOptions:
         """Return these options with `changes` on top, each checked.
@@ -127,16 +46,11 @@ class TaskOptions:
         return attrs.evolve(self, **checked)
 
 
-def _check_name(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise TypeError(f"name must be text or None, not {value!r}")
-
-
 _CHECKS: dict[str, Any] = {
     "task_timeout": check_limit,
     "grace": lambda value: check_seconds(value, "grace", none=False),
-    "name": _check_name,
+    "name": check_name,
     "priority": check_priority,
     "submit_timeout": lambda value: check_seconds(value, "submit_timeout"),
+    "retry": as_policy,
 }

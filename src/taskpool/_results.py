@@ -223,13 +223,13 @@ class MapResults:
         except BaseException:
             self.close(stop=True)
             raise
-        self._taken += settled.count
+        self._taken += settled.items
         return settled
 
     def _poll(self) -> Settled | None:
         settled = self._job.poll(self._due())
         if settled is not None:
-            self._taken += settled.count
+            self._taken += settled.items
         return settled
 
     def _due(self) -> int | None:
@@ -260,8 +260,8 @@ class MapResults:
             values, error = settled.outcome.decode()
             if error is None:
                 return values  # type: ignore[no-any-return]
-            if settled.count == 1:
-                self._blame(settled.index, error)
+            if settled.items == 1:
+                self._blame(settled.item, error)
                 self.close(stop=True)
                 raise error
             self._split.extend(settled.singly())
@@ -276,11 +276,11 @@ class MapResults:
 
     def _records(self, settled: Settled) -> Iterator[Outcome[Any, Any]]:
         values, error = settled.outcome.decode()
-        if error is not None and settled.count > 1:
+        if error is not None and settled.items > 1:
             for one in settled.singly():
                 yield from self._records(one)
             return
-        each = settled.seconds / settled.count
+        each = settled.seconds / settled.items
         for offset, value in enumerate(values if error is None else (None,)):
             yield self._record(settled, offset, each, value, error)
 
@@ -288,7 +288,7 @@ class MapResults:
         self, settled: Settled, offset: int, each: float, value: Any, error: BaseException | None
     ) -> Outcome[Any, Any]:
         assert self._items is not None
-        index = settled.index + offset
+        index = settled.item + offset
         item, queued = self._items.pop(index)
         started = settled.started + offset * each
         ended = started + each if settled.started else time.monotonic()

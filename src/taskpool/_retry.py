@@ -20,10 +20,11 @@ from taskpool.errors import NotSendableError
 
 if TYPE_CHECKING:
     import tenacity
+    from tenacity.stop import stop_base
+    from tenacity.wait import wait_base
 
-    Types: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
-    On: TypeAlias = Types | tenacity.retry_base
-    Retry: TypeAlias = int | RetryPolicy | tenacity.Retrying | tenacity.stop_base | tenacity.wait_base | tenacity.retry_base
+    On: TypeAlias = type[BaseException] | tuple[type[BaseException], ...] | tenacity.retry_base
+    Retry: TypeAlias = "int | RetryPolicy | tenacity.Retrying | stop_base | wait_base | tenacity.retry_base"
 
 logger = logging.getLogger("taskpool")
 
@@ -45,9 +46,9 @@ class RetryPolicy:
     """
 
     attempts: int | None = 3
-    wait: float | tenacity.wait_base = 0.0
+    wait: float | wait_base = 0.0
     on: On | None = None
-    stop: tenacity.stop_base | None = None
+    stop: stop_base | None = None
     base: tenacity.Retrying | None = None
 
     def judges(self, *, ok: bool) -> bool:
@@ -100,9 +101,9 @@ def _is_worth_it(error: BaseException) -> bool:
 def retry(
     attempts: int | None = None,
     *,
-    wait: float | tenacity.wait_base = 0.0,
+    wait: float | wait_base = 0.0,
     on: On | None = None,
-    stop: tenacity.stop_base | None = None,
+    stop: stop_base | None = None,
 ) -> RetryPolicy:
     """Return a retry policy, for `retry=` of an executor, of `options`, and of the maps.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -24,11 +25,13 @@ from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED
 from concurrent.futures._base import RUNNING as _RUNNING
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from taskpool._options import check_seconds
+from taskpool._checks import check_seconds
 
 T = TypeVar("T")
 
 QUEUED, SENT, STOPPING, DONE = PENDING, _RUNNING, "STOPPING", FINISHED
+
+task_ids = itertools.count(1)  # one for each call and each map of this process
 
 LIFE: dict[tuple[str, str], str] = {
     (QUEUED, "send"): SENT,
@@ -44,22 +47,30 @@ LIFE: dict[tuple[str, str], str] = {
 }
 
 
-class Outcome(Protocol):
-    """How a task ended. Decoding may run user code, so it is left to whoever asks for the result."""
+class RawOutcome:
+    """How a task ended, not unpickled yet. Decoding may run user code, so it is left to whoever asks for the result."""
 
-    @property
-    def ok(self) -> bool:
-        """Whether it is a result and not an error."""
-        ...
+    __slots__ = ()
+    ok = False  # whether it is a result and not an error
 
     def decode(self) -> tuple[Any, BaseException | None]:
         """Return (result, None) or (None, error); never raises an Exception."""
-        ...
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """How many bytes it is, pickled; 0 if it is not."""
+        return 0
+
+    def parts(self, count: int) -> list[RawOutcome]:
+        """Return the outcomes of the items of a map whose results stand in it together."""
+        return [self] * count
 
 
-class Value:
+class Value(RawOutcome):
     """A result that is at hand."""
 
+    __slots__ = ("_value",)
     ok = True
 
     def __init__(self, value: Any) -> None:
@@ -70,10 +81,10 @@ class Value:
         return self._value, None
 
 
-class Failure:
+class Failure(RawOutcome):
     """An error that is at hand."""
 
-    ok = False
+    __slots__ = ("_error",)
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -130,8 +141,10 @@ class TaskFuture(Future[T]):
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Future[T]], object]] = []
         self._owner = owner
-        self._outcome: Outcome | None = None
+        self._outcome: RawOutcome | None = None
+        self.order: int = next(task_ids)
         self.task_name: str = name
+        self.progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
         self.place: Any = None  # what the backend notes about where it runs
 
     if not TYPE_CHECKING:  # for type checkers it stays the attribute that it is in the base class
@@ -145,6 +158,11 @@ class TaskFuture(Future[T]):
             return self._lazy_condition
 
     # What the caller may do
+
+    @property
+    def task_id(self) -> str:
+        """What tells the task apart from all others of this process; `current_task().id` in the task itself."""
+        return str(self.order)
 
     def cancel(self) -> bool:
         """Cancel the task: a queued one never starts, a running one is stopped.
@@ -223,14 +241,15 @@ class TaskFuture(Future[T]):
             if seconds is not None:
                 seconds = max(0.0, began + seconds - time.monotonic())
         if not self._is_resolved():
-            self._sleep(seconds)
+            self.sleep(seconds)
         if self._state == DONE:
             return
         if self._is_resolved():
             raise CancelledError
         raise TimeoutError
 
-    def _sleep(self, seconds: float | None) -> None:
+    def sleep(self, seconds: float | None) -> None:
+        """Wait at most so many seconds until the future is resolved, however that may be."""
         # On a lock of this thread's own. A condition lets go of a lock that it must take again, and a signal handler
         # that raises just between leaves it in a state that fails the caller's `with`.
         sleeper = threading.Lock()
@@ -287,7 +306,7 @@ class TaskFuture(Future[T]):
             self.finish_cancelled()
         return not stopping
 
-    def finish(self, outcome: Outcome) -> bool:
+    def finish(self, outcome: RawOutcome) -> bool:
         """Resolve the future; return False if it was resolved before."""
         with self._lock:
             resolved = self._resolve("finish", outcome)
@@ -295,7 +314,7 @@ class TaskFuture(Future[T]):
             self._hand_out_callbacks()
         return resolved
 
-    def finish_alone(self, outcome: Outcome) -> bool:
+    def finish_alone(self, outcome: RawOutcome) -> bool:
         """Resolve the future if nobody else waits for it or is to be called; return False, and do nothing, otherwise.
 
         For a thread that a signal handler may interrupt anywhere: the state is set last, so either nothing has
@@ -328,7 +347,7 @@ class TaskFuture(Future[T]):
         self._state = state
         return True
 
-    def _resolve(self, event: str, outcome: Outcome | None) -> bool:
+    def _resolve(self, event: str, outcome: RawOutcome | None) -> bool:
         if not self._step(event):
             return False
         self._outcome = outcome
@@ -336,7 +355,7 @@ class TaskFuture(Future[T]):
         self._tell(outcome)
         return True
 
-    def _tell(self, outcome: Outcome | None) -> None:
+    def _tell(self, outcome: RawOutcome | None) -> None:
         for waiter in self._waiters:
             if outcome is None:
                 waiter.add_cancelled(self)

@@ -264,7 +264,7 @@ class Channel:
             with contextlib.suppress(BlockingIOError):
                 while packet := os.read(self.unread, PACKET):
                     if len(packet) >= wire.FRAME.size:
-                        ids.add(wire.FRAME.unpack_from(packet)[2])
+                        ids.add(wire.unit_of(packet))
         return ids
 
     @property

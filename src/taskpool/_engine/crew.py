@@ -57,6 +57,7 @@ class Counts:
     crashed: int = 0
     started: int = 0
     replaced: int = 0
+    retried: int = 0
     rerun: int = 0
 
 
@@ -98,10 +99,8 @@ class Crew:
 
     def start_for(self, waiting: Iterable[Source]) -> None:
         """Start as many workers as there is room and work for."""
-        present = [worker for worker in self.workers if worker.state in (STARTING, SERVING, ENDING)]
-        starting = sum(worker.state == STARTING for worker in present)
-        room = self._settings.max_workers - len(present)
-        wanted = -starting
+        room = self._room()
+        wanted = -sum(worker.state == STARTING for worker in self.workers)
         for source in waiting:
             wanted += 1 if isinstance(source, Call) else source.left()
             if wanted >= room:
@@ -109,11 +108,15 @@ class Crew:
         for _ in range(min(room, wanted)):
             self._start()
 
+    def _room(self) -> int:
+        """How many more workers there may be."""
+        return self._settings.max_workers - sum(w.state in (STARTING, SERVING, ENDING) for w in self.workers)
+
     def _start(self) -> None:
         self._numbers += 1
         worker = None
         try:
-            worker = WorkerHandle(self._numbers, now())
+            worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now())
             self._host.start(worker)
         except Exception as error:
             if worker is not None:
@@ -234,6 +237,23 @@ class Crew:
             return False
         worker.handed_turn = worker.turn
         return True
+
+    def take_fresh(self) -> WorkerHandle | None:
+        """Take a worker that waits and has not served yet."""
+        fresh = (worker for worker in list(self.idle) if not worker.served)
+        return next((worker for worker in fresh if self.remove_from_idle(worker)), None)
+
+    def start_fresh(self, wanted: int) -> None:
+        """See that so many new workers come: where there is no room, workers that wait make room by ending."""
+        wanted -= sum(worker.state in (STARTING, ENDING) for worker in self.workers)
+        room = self._room()
+        for _ in range(min(wanted, room)):
+            self._start()
+        for _ in range(min(wanted - room, len(self.idle))):
+            worker = self.take_idle()
+            if worker is not None:
+                worker.retiring = True
+                self.retire(worker)
 
     def take_returned(self, worker: WorkerHandle) -> None:
         """A submitting thread gives back a worker unused."""

@@ -90,7 +90,7 @@ class Direct:
         The write lets go of the GIL, and coming back costs more than the dispatcher's own sending, many at a time.
         """
         before, self._submitted = self._submitted, now()
-        if self._loop or self._feeder.queue or not call.is_small():
+        if self._loop or self._feeder.can_feed or not call.is_small():
             return False
         return len(self._crew.idle) == len(self._crew.workers) or self._submitted - before > RUSH
 
@@ -213,7 +213,7 @@ class Direct:
         try:
             if not self._settle(worker):
                 self._loop.post(self._read, worker)
-            if self._feeder.queue or not self._may_take():
+            if self._feeder.can_feed or not self._may_take():
                 self._loop.post(_wake, None)  # something came while this worker was not idle
         finally:
             self._taken_from = None

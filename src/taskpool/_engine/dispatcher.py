@@ -70,6 +70,7 @@ class Dispatcher:
             callbacks=self.callbacks,
             logs=self._logs,
         )
+        self._retries = self._receiver.retries
         self._deadlines = Deadlines(self, self._loop, self._crew, settings.idle_timeout)
         self._direct = Direct(
             self._loop, self._crew, self._feeder, left_queue=left_queue, read=self.read, may_take=self._may_take
@@ -177,7 +178,7 @@ class Dispatcher:
     def snapshot(self) -> tuple[list[bool], int]:
         """Return (for each worker that serves whether it is busy, how many units wait)."""
         busy = [bool(worker.inflight) for worker in list(self._crew.workers) if worker.state == SERVING]
-        return busy, len(self._feeder.queue) + len(self._loop)
+        return busy, len(self._feeder) + len(self._loop)
 
     def taken(self) -> tuple[int, int]:
         """Return (results, errors) that were taken past the dispatcher from workers that still serve."""
@@ -207,13 +208,17 @@ class Dispatcher:
         self._loop.call(ready)
         if now() >= self._loop.wake_at:
             self._deadlines.look()
-        if self._feeder.queue:
+            self._feeder.look_for_due()
+        if self._feeder.can_feed:
             self._feeder.feed()
         if self._phase != OPEN and not self._has_work():
             self._crew.retire_idle()
 
     def _refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
-        self._feeder.refuse_posted(function, argument)
+        if function == self._retries.decided:
+            self._retries.end()
+        else:
+            self._feeder.refuse_posted(function, argument)
 
     # What its parts need of each other
 
@@ -240,6 +245,7 @@ class Dispatcher:
     def give_up(self, error: Callable[[], BaseException]) -> None:
         """Fail all that waits and all that comes: there is nothing to run it on."""
         self._feeder.broken = error
+        self._retries.end()
         self._feeder.refuse_all(lambda: Failure(error()))
         for worker in list(self._crew.workers):
             if worker.state == STARTING:
@@ -252,6 +258,7 @@ class Dispatcher:
             self._phase = CLOSING
         if not cancel:
             return
+        self._retries.end()
         self._feeder.feed()  # submitted just before, with workers free: these have as good as started
         begun = sum(worker.state == STARTING for worker in self._crew.workers)
         self._feeder.refuse_behind(begun)  # a worker is being started for each of the first
@@ -259,6 +266,7 @@ class Dispatcher:
     def _begin_terminate(self, kill_at: float) -> None:
         self._phase = TERMINATING
         self._feeder.terminating = True
+        self._retries.end()
         self._deadlines.kill_at = min(self._deadlines.kill_at, kill_at)
         self._loop.wake_by(self._deadlines.kill_at)
         self._feeder.refuse_all()
@@ -267,7 +275,7 @@ class Dispatcher:
                 self._deadlines.stop_unit(worker, worker.inflight[0])
 
     def _has_work(self) -> bool:
-        return bool(self._feeder.queue or self._loop or self._receiver.singling)
+        return bool(self._feeder or self._loop or self._receiver.singling or self._retries)
 
     def _has_ended(self) -> bool:
         return self._phase != OPEN and not self._crew.workers and not self._has_work()

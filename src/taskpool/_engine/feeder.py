@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from taskpool._engine.handle import AHEAD, PICK_UP, SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.queue import TaskQueue
 from taskpool._engine.units import Call, Piece, Range, Source, Unit
+from taskpool._map import Settled
 from taskpool._task import Failure, TaskFuture
 
 now = time.monotonic
@@ -36,6 +39,8 @@ class Feeder:
         self.queue = TaskQueue()
         self.broken: Callable[[], BaseException] | None = None  # makes the error of everything that is submitted
         self.terminating = False  # everything that comes is cancelled
+        self._delayed: list[tuple[float, int, Source]] = []  # a heap: what waits for its next attempt, by when that is
+        self._fresh: deque[Source] = deque()  # what waits for a new worker, to run there alone
         self._loop = loop
         self._crew = crew
         self._settings = settings
@@ -68,8 +73,8 @@ class Feeder:
                 self._counts.failed += source.future.finish(failure)
         elif not source.job.cancelled:
             for start, end in source.todo:
-                for item in range(start, end):
-                    source.job.deposit(source.first + item, 1, failure or verdicts.cancelled())
+                for item in range(source.first + start, source.first + end):
+                    source.job.settle(Settled(item, 1, failure or verdicts.cancelled(), attempts=source.attempt - 1))
 
     def refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
         """Cancel what was submitted at the very last moment."""
@@ -81,8 +86,14 @@ class Feeder:
 
     def refuse_all(self, failure: Callable[[], Failure] | None = None) -> None:
         """Resolve all that waits."""
-        for source in self.queue.clear():
+        for source in [*self.queue.clear(), *self._clear_retried()]:
             self.refuse(source, None if failure is None else failure())
+
+    def _clear_retried(self) -> list[Source]:
+        sources = [*self._fresh, *(source for _due, _order, source in self._delayed)]
+        self._fresh.clear()
+        self._delayed.clear()
+        return sources
 
     def refuse_behind(self, count: int) -> None:
         """Cancel all that waits but the first so many calls."""
@@ -92,6 +103,8 @@ class Feeder:
                 self.queue.append(source)
             else:
                 self.refuse(source, None)
+        for source in self._clear_retried():
+            self.refuse(source, None)
 
     def requeue(self, unit: Unit) -> None:
         """Put back a unit that has not started, or what is left of it, where it stood in the queue."""
@@ -107,10 +120,80 @@ class Feeder:
         else:
             self.queue.insert(source)
 
+    # What is tried again
+
+    def delay(self, source: Source, seconds: float) -> None:
+        """Queue what failed after some seconds, unless it has been cancelled."""
+        if isinstance(source, Call) and not source.give_back():
+            self._counts.cancelled += 1
+        elif seconds <= 0:
+            self._queue_again(source)
+        else:
+            heapq.heappush(self._delayed, (now() + seconds, source.order, source))
+            self.look_for_due()
+
+    def look_for_due(self) -> None:
+        """Queue what has waited long enough, and see that the loop turns when the next one has."""
+        while self._delayed and self._delayed[0][0] <= now():
+            self._queue_again(heapq.heappop(self._delayed)[2])
+        if self._delayed:
+            self._loop.wake_by(self._delayed[0][0])
+
+    def _queue_again(self, source: Source) -> None:
+        if source.fresh and self.broken is None and not self.terminating:
+            self._fresh.append(source)
+        else:
+            self.put_back(source)
+
+    def __len__(self) -> int:
+        """How many calls, and pieces of maps, wait: for a worker, or for their next attempt."""
+        return len(self.queue) + len(self._fresh) + len(self._delayed)
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether something waits for a new worker; then those that are done with a task wait for a decision."""
+        return bool(self._fresh)
+
+    @property
+    def can_feed(self) -> bool:
+        """Whether something waits for a worker."""
+        return bool(self.queue or self._fresh)
+
+    def _feed_fresh(self) -> None:
+        """Give each of what must run alone on a new worker one; where there is no room an old worker makes some."""
+        for _ in range(len(self._fresh)):
+            worker = self._crew.take_fresh()
+            if worker is None:
+                break
+            unit = self._unit_of(self._fresh.popleft())
+            if unit is None:
+                self._crew.make_idle(worker)
+            else:
+                self._send(worker, [unit])
+        self._drop_cancelled()
+        if self._fresh:
+            self._crew.start_fresh(len(self._fresh))
+
+    def _drop_cancelled(self) -> None:
+        while self._fresh and self._fresh[0].is_cancelled():
+            self._unit_of(self._fresh.popleft())
+
+    def _unit_of(self, source: Source) -> Unit | None:
+        """Return the unit that a single task makes; None if it was cancelled."""
+        if isinstance(source, Call):
+            if source.claim():
+                return source
+            self._counts.cancelled += 1
+        elif not source.is_cancelled():
+            return source.take(is_last=True, workers=1, most=1)
+        return None
+
     # What goes
 
     def feed(self) -> None:
         """Give what waits to workers: to idle ones, to new ones where there is room, and ahead to busy ones."""
+        if self._fresh:
+            self._feed_fresh()
         while self.queue:
             worker = self._crew.take_idle()
             if worker is None:
@@ -140,6 +223,10 @@ class Feeder:
                 break
         if not units:
             return False
+        self._send(worker, units)
+        return bool(worker.inflight)
+
+    def _send(self, worker: WorkerHandle, units: list[Unit]) -> None:
         self._wake_for(units[0], ahead=len(units) > 1 or bool(worker.inflight))
         with contextlib.suppress(OSError):  # it has just died; what is out with it comes back when its end is handled
             if units[0].is_small():
@@ -148,7 +235,6 @@ class Feeder:
             else:
                 worker.begin_large(units[0])
                 self._send_large(worker)
-        return bool(worker.inflight)
 
     def _wake_for(self, unit: Unit, *, ahead: bool) -> None:
         limit = unit.options.task_timeout
@@ -171,7 +257,7 @@ class Feeder:
                 if source.claim():
                     return source
                 self._counts.cancelled += 1
-            elif source.job.cancelled or not source.todo:
+            elif source.is_cancelled():
                 self.queue.pop()
             elif only_small and not source.is_small():
                 return None

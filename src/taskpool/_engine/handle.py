@@ -62,8 +62,9 @@ class WorkerHandle:
     by the turn's number, so that a thread that is late with this does not speak for the one that came after it.
     """
 
-    def __init__(self, index: int, now: float) -> None:
+    def __init__(self, index: int, name: str, now: float) -> None:
         self.index = index
+        self.name = name
         self.channel = Channel()
         self.process: ProcessHandle | None = None
         self.state = STARTING

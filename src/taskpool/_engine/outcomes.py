@@ -6,17 +6,28 @@ from typing import Any
 
 from taskpool._engine import exceptions, wire
 from taskpool._engine.wire import Pickled
+from taskpool._task import RawOutcome, Value
 from taskpool.errors import NotSendableError, TaskPoolError, UnpickleError
 
 
-class EncodedValue:
-    """A result, still pickled."""
+class EncodedValue(RawOutcome):
+    """A result, or the list of the results of several items, still pickled."""
 
     __slots__ = ("_body",)
     ok = True
 
     def __init__(self, body: Pickled) -> None:
         self._body = body
+
+    @property
+    def size(self) -> int:
+        """How many bytes it is."""
+        return self._body.size
+
+    def parts(self, count: int) -> list[RawOutcome]:
+        """Return the items' results by themselves; all have the error, if together they cannot be unpickled."""
+        values, error = self.decode()
+        return [self] * count if error is not None else [Value([value]) for value in values]
 
     def decode(self) -> tuple[Any, BaseException | None]:
         """Unpickle it; user code runs here, in the thread of the one who asked."""
@@ -30,10 +41,39 @@ class EncodedValue:
             return None, error
 
 
-class EncodedError:
+class EncodedValues(RawOutcome):
+    """The results of several items of a map, each pickled by itself, since unpickling one may run user code."""
+
+    __slots__ = ("_bodies",)
+    ok = True
+
+    def __init__(self, body: Pickled) -> None:
+        self._bodies = [body.stream, *body.buffers]
+
+    @property
+    def size(self) -> int:
+        """How many bytes they are."""
+        return sum(map(len, self._bodies))
+
+    def decode(self) -> tuple[Any, BaseException | None]:
+        """Unpickle them; the first that cannot be is the error."""
+        values: list[Any] = []
+        for part in self.parts(len(self._bodies)):
+            value, error = part.decode()
+            if error is not None:
+                return None, error
+            values += value
+        return values, None
+
+    def parts(self, count: int) -> list[RawOutcome]:
+        """Return the items' results by themselves."""
+        return [EncodedValue(Pickled(body)) for body in self._bodies]
+
+
+class EncodedError(RawOutcome):
     """An exception that the task raised, encoded by `exceptions.encode`."""
 
-    ok = False
+    __slots__ = ("_body",)
 
     def __init__(self, body: Pickled) -> None:
         self._body = body

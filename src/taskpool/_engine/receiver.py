@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from taskpool._engine import verdicts, wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import ANY_ITEM
@@ -10,12 +12,17 @@ from taskpool._engine.feeder import Feeder
 from taskpool._engine.handle import SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.outcomes import EncodedError
-from taskpool._engine.units import Piece, Range, Unit
+from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
+from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame
-from taskpool._task import Outcome
+from taskpool._map import Settled
+from taskpool._task import RawOutcome
 from taskpool.logs import LogListener
 
-FINISHING = frozenset({wire.VALUES, wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED})
+RESULTS = frozenset({wire.VALUES, wire.EACH})
+FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED}
+
+now = time.monotonic
 
 
 class Receiver:
@@ -43,6 +50,7 @@ class Receiver:
         logs: LogListener,
     ) -> None:
         self.singling = 0  # ranges whose items are being pickled again, singly
+        self.retries: Retries = Retries(loop, feeder, callbacks, counts)
         self._loop = loop
         self._crew = crew
         self._feeder = feeder
@@ -64,7 +72,8 @@ class Receiver:
         except MemoryError:
             if worker.inflight:
                 unit = worker.inflight.popleft()
-                self._fail_item(unit, unit.next if isinstance(unit, Range) else 0, verdicts.no_memory(unit))
+                item = unit.next if isinstance(unit, Range) else 0
+                self._fail_item(worker, unit, item, verdicts.no_memory(unit), FAILED)
             self._cannot_read(worker)
         except (EOFError, OSError):
             self._crew.channel_ended(worker)
@@ -79,6 +88,8 @@ class Receiver:
             self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
             self._logs.put(lambda: wire.loads(frame.body), self._name_of(worker, frame.unit))
+        elif frame.kind == wire.REPORT:
+            self._on_report(worker, frame)
         elif frame.kind == wire.HELLO:
             self._crew.process_known(worker, frame.unit)
             self._feeder.send_setup(worker)
@@ -91,6 +102,11 @@ class Receiver:
 
     def _name_of(self, worker: WorkerHandle, unit_id: int) -> str:
         return next((unit.name for unit in worker.inflight if unit.id == unit_id), "")
+
+    def _on_report(self, worker: WorkerHandle, frame: Frame) -> None:
+        unit = worker.inflight[0] if worker.inflight else None
+        if unit is not None and unit.id == frame.unit:
+            unit.report(frame.item, frame.started, frame.seconds)
 
     def _on_outcome(self, worker: WorkerHandle, frame: Frame) -> None:
         unit = worker.inflight[0] if worker.inflight else None
@@ -106,18 +122,24 @@ class Receiver:
             worker.inflight.popleft()
             self._send_singly(unit)
             self.next_task(worker)
-        elif self._receive(unit, frame):
+        elif self._receive(worker, unit, frame):
             worker.finished_one(frame.seconds)
             self.next_task(worker)
         elif worker.stop is not None and not unit.begun(worker.stop.item) and worker.stop.item != ANY_ITEM:
             worker.stop = None  # that item has ended by itself
 
-    def _receive(self, unit: Unit, frame: Frame) -> bool:
-        if frame.kind == wire.VALUES:
+    def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
+        ok = frame.kind in RESULTS
+        policy = unit.options.retry
+        if policy is not None and policy.judges(ok=ok):
+            settled = settled_by(frame, worker.name, 1)
+            self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
+            return unit.advance(frame)
+        if ok:
             self._counts.finished += frame.items
         else:
             self._counts.failed += 1
-        return unit.receive(frame)
+        return unit.receive(frame, worker.name)
 
     def next_task(self, worker: WorkerHandle) -> None:
         """Give a worker that has nothing left something else to do, or let it wait."""
@@ -125,7 +147,8 @@ class Receiver:
         if worker.state != SERVING or worker.inflight:
             return
         feeder = self._feeder
-        if self._settings.max_tasks is not None or not feeder.queue or not feeder.send_next(worker):
+        stays = self._settings.max_tasks is None and not feeder.waits_for_room
+        if not (stays and feeder.queue and feeder.send_next(worker)):
             self._crew.make_idle(worker)
 
     def _on_interrupted(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> None:
@@ -160,23 +183,23 @@ class Receiver:
         elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
             self._settle_stopped(worker, unit, item, worker.channel.page.stack())
         else:
-            self._counts.crashed += 1
-            self._fail_item(unit, item, verdicts.crashed(worker, unit))
+            self._fail_item(worker, unit, item, verdicts.crashed(worker, unit), CRASHED)
 
     def _settle_stopped(self, worker: WorkerHandle, unit: Unit, item: int, stack: str | None) -> None:
         """The task was stopped: it passed its limit, or was cancelled."""
         if worker.stop is not None and worker.stop.timed_out:
-            self._counts.timed_out += 1
-            self._fail_item(unit, item, verdicts.timed_out(worker, unit, stack))
+            self._fail_item(worker, unit, item, verdicts.timed_out(worker, unit, stack), TIMED_OUT)
         elif not isinstance(unit, Range):
             self._counts.cancelled += unit.future.finish_cancelled()
         else:
-            self._counts.cancelled += 1
-            self._fail_item(unit, item, verdicts.cancelled())
+            self._fail_item(worker, unit, item, verdicts.cancelled(), CANCELLED)
 
-    def _fail_item(self, unit: Unit, item: int, outcome: Outcome) -> None:
-        """Settle one item of a unit, and put back what is left of it."""
-        unit.settle(item, outcome)
+    def _fail_item(self, worker: WorkerHandle, unit: Unit, item: int, outcome: RawOutcome, kind: str) -> None:
+        """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
+        started = worker.channel.page.current()[2]
+        attempts = unit.piece.attempt if isinstance(unit, Range) else 1
+        settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, attempts)
+        self.retries.consider(Ended(unit, settled, kind))
         if isinstance(unit, Range):
             self._counts.rerun += max(0, item - unit.next)
             piece = unit.rest(item)

@@ -63,7 +63,12 @@ class Retries:
     def consider(self, ended: Ended) -> None:
         """Settle what has ended, unless its policy has it tried again."""
         policy = ended.unit.options.retry
-        if policy is None or self._are_over or ended.kind == CANCELLED or not policy.judges(ok=ended.settled.outcome.ok):
+        if (
+            policy is None
+            or self._are_over
+            or ended.kind == CANCELLED
+            or not policy.judges(ok=ended.settled.outcome.ok)
+        ):
             self._settle(ended)
             return
         number = next(self._numbers)
@@ -88,7 +93,7 @@ class Retries:
         kind, settled = ended.kind, ended.settled
         if kind in (FINISHED, FAILED):  # the policy may have made one of the other
             kind = FINISHED if settled.outcome.ok else FAILED
-        setattr(self._counts, kind, getattr(self._counts, kind) + settled.count)
+        setattr(self._counts, kind, getattr(self._counts, kind) + settled.items)
         ended.unit.settle(settled)
 
     def end(self) -> None:
@@ -106,9 +111,9 @@ def _decide(ended: Ended) -> list[Decided]:
 
 def _decide_one(ended: Ended) -> Decided:
     unit, settled = ended.unit, ended.settled
-    attempts = unit.attempts_of(settled.index)
+    attempts = unit.attempts_of(settled.item)
     number = attempts.number
     wait, outcome = attempts.decide(unit.bare(settled.outcome), settled.seconds)
     ended = ended._replace(settled=settled._replace(outcome=unit.wrapped(outcome), attempts=number))
-    again = None if wait is None else unit.again(settled.index, fresh=ended.kind in (TIMED_OUT, CRASHED))
+    again = None if wait is None else unit.again(settled.item, fresh=ended.kind in (TIMED_OUT, CRASHED))
     return Decided(ended, wait, again)

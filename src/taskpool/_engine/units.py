@@ -6,35 +6,62 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from taskpool._current import name_of
 from taskpool._engine import exceptions, wire
 from taskpool._engine.channel import PACKET
-from taskpool._engine.outcomes import EncodedError, EncodedNotSendableError, EncodedUnreadableError, EncodedValue
+from taskpool._engine.outcomes import (
+    EncodedError,
+    EncodedNotSendableError,
+    EncodedUnreadableError,
+    EncodedValue,
+    EncodedValues,
+)
 from taskpool._engine.wire import Bytes, Frame, Pickled
-from taskpool._map import MapJob
+from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
-from taskpool._task import Failure, Outcome, TaskFuture
+from taskpool._retry import Attempts
+from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.errors import NotSendableError
 
 CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
 
-_ids = itertools.count(1)
+_ids = itertools.count(1)  # of units: one for each way to a worker
 
-_OUTCOMES: dict[int, Callable[[Pickled], Outcome]] = {
+OUTCOMES: dict[int, Callable[[Pickled], RawOutcome]] = {
     wire.VALUES: EncodedValue,
+    wire.EACH: EncodedValues,
     wire.RAISED: EncodedError,
     wire.UNSENDABLE: EncodedNotSendableError,
     wire.UNREADABLE: EncodedUnreadableError,
 }
 
 
-class Call:
-    """One call of a function. It is its own unit of work, under one id for its whole life."""
+def settled_by(frame: Frame, worker: str, attempts: int) -> Settled:
+    """Return what an outcome's frame says."""
+    outcome = OUTCOMES[frame.kind](frame.body)
+    return Settled(frame.item, frame.items, outcome, frame.started, frame.seconds, worker, attempts)
 
-    __slots__ = ("_payload", "_small", "future", "id", "name", "options", "order", "priority", "tasks")
+
+class Call:
+    """One call of a function, its own unit of work. Each attempt has an id: a late word of an earlier one means nothing."""
+
+    __slots__ = (
+        "_payload",
+        "_small",
+        "attempts",
+        "fresh",
+        "future",
+        "id",
+        "name",
+        "options",
+        "order",
+        "priority",
+        "tasks",
+    )
 
     def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
         self.id = next(_ids)
-        self.order = self.id
+        self.order = future.order
         self.future = future
         self.options = options
         self.name = future.task_name
@@ -42,10 +69,20 @@ class Call:
         self._small = _is_small(payload)
         self.priority = options.priority
         self.tasks = 1
+        self.attempts: Attempts | None = None  # once it has failed and may be tried again
+        self.fresh = False  # whether it must run on a new worker, alone
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        head = wire.frame_head(wire.CALL, self.id, self._payload, count=1)
+        head = wire.frame_head(
+            wire.CALL,
+            self.id,
+            self._payload,
+            index=self.order,
+            count=1,
+            seconds=self.options.task_timeout or 0.0,
+            attempt=1 if self.attempts is None else self.attempts.number,
+        )
         return [head, self._payload.stream, *self._payload.buffers]
 
     def packet(self) -> bytes:
@@ -53,33 +90,44 @@ class Call:
         return b"".join(self.frame())
 
     def is_small(self) -> bool:
-        """Whether the frame fits into one packet."""
-        return self._small
+        """Whether it may be sent along with others: its frame fits into one packet."""
+        return self._small and not self.fresh
 
     def claim(self) -> bool:
         """Take it off the queue for a worker; False if it was cancelled."""
         return self.future.set_running_or_notify_cancel()
 
+    def is_cancelled(self) -> bool:
+        """Whether there is no point in running it."""
+        return self.future.done()
+
     def give_back(self) -> bool:
-        """Return to the state of a queued call, since it did not start; False if it has been resolved instead."""
+        """Return to the state of a queued call, since it does not run; False if it has been resolved instead."""
         return self.future.take_back()
 
-    def receive(self, frame: Frame) -> bool:
+    def receive(self, frame: Frame, worker: str) -> bool:
         """Take an outcome; return whether the unit is finished with it."""
-        self.settle(0, _OUTCOMES[frame.kind](frame.body))
+        self.future.finish(OUTCOMES[frame.kind](frame.body))
+        return True
+
+    def advance(self, frame: Frame) -> bool:
+        """Let another decide about an outcome; return whether the unit is finished with it."""
         return True
 
     def receive_alone(self, frame: Frame) -> bool:
-        """Take an outcome in a thread that waits for it, unless somebody else must be told of it, too."""
-        return self.future.finish_alone(_OUTCOMES[frame.kind](frame.body))
+        """Take an outcome in a thread that waits for it, unless somebody else has a say, or must be told of it, too."""
+        policy = self.options.retry
+        if policy is not None and policy.judges(ok=frame.kind == wire.VALUES):
+            return False
+        return self.future.finish_alone(OUTCOMES[frame.kind](frame.body))
 
-    def settle(self, item: int, outcome: Outcome) -> None:
-        """Resolve with an outcome that did not come from the task itself."""
-        self.future.finish(outcome)
+    def settle(self, settled: Settled) -> None:
+        """Resolve with an outcome."""
+        self.future.finish(settled.outcome)
 
-    def settle_cancelled(self, item: int) -> None:
-        """Resolve as cancelled."""
-        self.future.finish_cancelled()
+    def report(self, _item: int, done: float, total: float) -> None:
+        """Note how far the task says it is."""
+        self.future.progress = done, total
 
     def begun(self, item: int) -> bool:
         """Whether `item`, the worker's mark, is still without an outcome."""
@@ -89,9 +137,26 @@ class Call:
         """Whether a request to stop `target`, a future or a map, means this unit."""
         return target is self.future
 
-    def rest(self, _failed: int) -> Call | None:
-        """What is left to do after a failure: nothing."""
-        return None
+    def bare(self, outcome: RawOutcome) -> RawOutcome:
+        """Return an outcome as the task made it."""
+        return outcome
+
+    def wrapped(self, outcome: RawOutcome) -> RawOutcome:
+        """Return the outcome as it is settled."""
+        return outcome
+
+    def attempts_of(self, _index: int) -> Attempts:
+        """Return what is known of its attempts."""
+        if self.attempts is None:
+            assert self.options.retry is not None
+            self.attempts = Attempts(self.options.retry, self.name)
+        return self.attempts
+
+    def again(self, _index: int, *, fresh: bool) -> Call:
+        """Return what runs in the next attempt."""
+        self.id = next(_ids)
+        self.fresh = fresh
+        return self
 
 
 class Piece:
@@ -104,6 +169,8 @@ class Piece:
         self.payload = payload
         self.items = items  # kept in case that they must be sent singly
         self.todo = [(0, len(items))]
+        self.attempt = 1
+        self.fresh = False  # whether it must run on a new worker, alone
 
     @property
     def priority(self) -> int:
@@ -140,8 +207,12 @@ class Piece:
         return Range(self, start, end)
 
     def is_small(self) -> bool:
-        """Whether a range of it fits into one packet."""
-        return _is_small(self.payload)
+        """Whether a range of it may be sent along with others: it fits into one packet."""
+        return _is_small(self.payload) and not self.fresh
+
+    def is_cancelled(self) -> bool:
+        """Whether there is no point in running what is left of it."""
+        return self.job.cancelled or not self.todo
 
     def left(self) -> int:
         """How many items have not been given to a worker."""
@@ -188,6 +259,7 @@ class Range:
             index=self.next,
             count=self.stop - self.next,
             seconds=self.options.task_timeout or 0.0,
+            attempt=self.piece.attempt,
         )
         return [head, self.piece.payload.stream, *self.piece.payload.buffers]
 
@@ -208,13 +280,13 @@ class Range:
         self.piece.give_back(self.next, self.stop)
         return not self.job.cancelled
 
-    def receive(self, frame: Frame) -> bool:
+    def receive(self, frame: Frame, worker: str) -> bool:
         """Take the outcome of one or more items; return whether the range is finished with it."""
-        if frame.kind == wire.VALUES:
-            outcome: Outcome = EncodedValue(frame.body)
-            self.job.deposit(self.piece.first + frame.item, frame.items, outcome, frame.seconds)
-        else:
-            self.job.deposit(self.piece.first + frame.item, 1, _OUTCOMES[frame.kind](frame.body))
+        self.settle(settled_by(frame, worker, self.piece.attempt))
+        return self.advance(frame)
+
+    def advance(self, frame: Frame) -> bool:
+        """Let another decide about an outcome; return whether the range is finished with it."""
         self.next = frame.item + frame.items
         return self.next >= self.stop
 
@@ -222,12 +294,13 @@ class Range:
         """No thread waits for a range at its worker."""
         return False
 
-    def settle(self, item: int, outcome: Outcome) -> None:
-        """Give `item` an outcome that did not come from the task itself."""
-        self.job.deposit(self.piece.first + item, 1, outcome)
+    def settle(self, settled: Settled) -> None:
+        """Give items their outcome."""
+        self.job.settle(settled._replace(item=self.piece.first + settled.item))
 
-    def settle_cancelled(self, item: int) -> None:
-        """A map is cancelled as a whole; nobody will ask for the item."""
+    def report(self, item: int, done: float, total: float) -> None:
+        """Note how far an item says it is."""
+        self.job.report(self.piece.first + item, done, total)
 
     def begun(self, item: int) -> bool:
         """Whether `item`, the worker's mark, is still without an outcome."""
@@ -246,6 +319,32 @@ class Range:
         self.piece.give_back(failed + 1, self.stop)
         return None if self.job.cancelled or not self.piece.todo else self.piece
 
+    def bare(self, outcome: RawOutcome) -> RawOutcome:
+        """Return an item's outcome as the task made it: results of a map come in lists."""
+        values, error = outcome.decode()
+        return Value(values[0]) if error is None else Failure(error)
+
+    def wrapped(self, outcome: RawOutcome) -> RawOutcome:
+        """Return an item's outcome as it is settled."""
+        value, error = outcome.decode()
+        return Value([value]) if error is None else Failure(error)
+
+    def attempts_of(self, index: int) -> Attempts:
+        """Return what is known of an item's attempts."""
+        job, key = self.job, self.piece.first + index
+        if key not in job.attempts:
+            assert job.options.retry is not None
+            job.attempts[key] = Attempts(job.options.retry, self.name)
+        return job.attempts[key]
+
+    def again(self, index: int, *, fresh: bool) -> Piece | None:
+        """Return what runs in the next attempt of an item; None if there is no point. Pickles it: user code runs."""
+        pieces = [] if self.job.cancelled else self.piece.singly(index, index + 1)
+        for piece in pieces:
+            piece.attempt = self.attempts_of(index).number
+            piece.fresh = fresh
+        return pieces[0] if pieces else None
+
 
 Unit = Call | Range
 Source = Call | Piece
@@ -254,7 +353,7 @@ Source = Call | Piece
 def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
-        payload = wire.frozen(wire.dumps_call(fn, args, kwargs))
+        payload = wire.frozen(wire.dumps_call(fn, args, kwargs, options.name))
     except Exception as cause:
         # What cannot be pickled is looked for by pickling each part again.
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
@@ -267,12 +366,12 @@ def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options:
 def make_piece(job: MapJob, first: int, items: Sequence[Any]) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
     try:
-        payload = wire.frozen(wire.dumps_call(job.fn, items, job.star))
+        payload = wire.frozen(wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first))
     except Exception as cause:
         if len(items) > 1:
             raise
         error = _not_sendable([("the function", job.fn), (f"item {first}", items[0])], cause)
-        job.deposit(first, 1, Failure(error))
+        job.settle(Settled(first, 1, Failure(error), attempts=0))
         return None
     return Piece(job, first, items, payload)
 
@@ -314,11 +413,6 @@ def _explain(part: str, value: object, cause: Exception) -> NotSendableError:
     error = NotSendableError(text)
     error.__cause__ = cause
     return error
-
-
-def name_of(fn: Any) -> str:
-    """Return a short name for a callable."""
-    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
 
 
 def _is_small(payload: Pickled) -> bool:

@@ -26,18 +26,21 @@ Bytes = bytes | bytearray | memoryview
 
 OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
 MAX_PARTS = 1 << 16
+STACK_GLOBAL = b"\x93"  # the opcode by which a pickle of protocol 4 and newer names a class or function
 MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
 
-# kind, number of parts, unit id, item index, item count, start (monotonic), seconds
-FRAME = struct.Struct("<BxHxxxxQQQdd")
+# kind, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
+FRAME = struct.Struct("<BxHIQQQdd")
 SIZE = struct.Struct("<Q")
 
 # Parent to worker.
 SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
 # Worker to parent.
-HELLO, READY, NOT_READY, VALUES, RAISED, UNSENDABLE, UNREADABLE, INTERRUPTED, HALTED, LOG, GOODBYE = range(16, 27)
+HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
+VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE = range(24, 29)  # outcomes; EACH has a pickle for each of its values
+_PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 PARENT_TO_WORKER = frozenset({SETUP, CALL, RANGE, SENTINEL})
-WORKER_TO_PARENT = frozenset(range(HELLO, GOODBYE + 1))
+WORKER_TO_PARENT = frozenset(range(HELLO, UNREADABLE + 1))
 
 
 class Pickled(NamedTuple):
@@ -56,6 +59,7 @@ class Frame(NamedTuple):
     """One frame as it was read."""
 
     kind: int
+    attempt: int
     unit: int
     item: int  # the first one that it is about
     items: int  # how many
@@ -83,6 +87,26 @@ def dumps(value: object) -> Pickled:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
         return _dump_by_value(value)
     return _dump_by_value(value) if b"__main__" in bytes(pickled.stream) else pickled
+
+
+def dumps_values(values: list[Any]) -> tuple[int, Pickled]:
+    """Pickle the results of several items of a map: (VALUES, all together) or (EACH, each by itself).
+
+    Together is several times cheaper, for both sides. But one object that cannot be loaded again must not cost its
+    neighbours; so that is for streams in which nothing is called or looked up, which is done by one opcode alone.
+
+    Raises:
+        Exception: Whatever pickling raised; user code runs here.
+    """
+    together = dumps(values)
+    if len(values) == 1 or _PLAIN.issuperset(map(type, values)):
+        return VALUES, together
+    if STACK_GLOBAL not in bytes(together.stream) and not together.buffers:
+        return VALUES, together
+    bodies = [dumps([value]) for value in values]
+    if any(body.buffers for body in bodies) or len(bodies) >= MAX_PARTS:
+        raise ValueError("these are sent one by one")
+    return EACH, Pickled(bodies[0].stream, [body.stream for body in bodies[1:]])
 
 
 def dumps_call(fn: object, *rest: object) -> Pickled:
@@ -241,14 +265,21 @@ def frame_head(
     count: int = 0,
     started: float = 0.0,
     seconds: float = 0.0,
+    attempt: int = 1,
 ) -> bytes:
     """Return header and sizes of a frame whose parts are those of `body`."""
     if body is None:
-        return FRAME.pack(kind, 0, unit, index, count, started, seconds)
+        return FRAME.pack(kind, 0, attempt, unit, index, count, started, seconds)
     if not body.buffers:
-        return FRAME.pack(kind, 1, unit, index, count, started, seconds) + SIZE.pack(len(body.stream))
+        return FRAME.pack(kind, 1, attempt, unit, index, count, started, seconds) + SIZE.pack(len(body.stream))
     sizes = [len(body.stream), *map(len, body.buffers)]
-    return FRAME.pack(kind, len(sizes), unit, index, count, started, seconds) + struct.pack(f"<{len(sizes)}Q", *sizes)
+    head = FRAME.pack(kind, len(sizes), attempt, unit, index, count, started, seconds)
+    return head + struct.pack(f"<{len(sizes)}Q", *sizes)
+
+
+def unit_of(frame: bytes) -> int:
+    """Return the id of the unit that a whole frame is about."""
+    return FRAME.unpack_from(frame)[3]  # type: ignore[no-any-return]
 
 
 def parse_head(
@@ -277,8 +308,8 @@ def parse_head(
 
 def make_frame(fields: tuple[Any, ...], sizes: tuple[int, ...], parts: Bytes) -> Frame:
     """Return the frame whose parts lie in `parts`, one behind the other; nothing is copied."""
-    kind, _, unit, index, count, started, seconds = fields
-    return Frame(kind, unit, index, count, started, seconds, _cut(sizes, parts))
+    kind, _, attempt, unit, index, count, started, seconds = fields
+    return Frame(kind, attempt, unit, index, count, started, seconds, _cut(sizes, parts))
 
 
 def _cut(sizes: tuple[int, ...], parts: Bytes) -> Pickled:

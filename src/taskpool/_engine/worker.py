@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from taskpool import _current
 from taskpool._engine import exceptions, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
@@ -38,6 +39,7 @@ QUICK = 20e-6  # outcomes of items at least this long are written one by one
 GROUP = 0.8e-3  # ... and those of quicker ones in groups of about this long (seconds)
 LOOK = 10e-6  # items are run until so much time has passed, before it is asked how long that took and the group
 SOME = 100  # ... but no more than so many
+REPORTS = 50e-3  # seconds between two reports of a task that are sent
 
 now = time.monotonic
 
@@ -108,6 +110,9 @@ class Worker:
         self._words = channel.page.words
         self._times = channel.page.times
         self._finished = False
+        self._frame: Frame | None = None  # of the unit that runs
+        self._task = "", "", 0  # the name of its task, the beginning of its id, and the number of its first item
+        self._reported = 0.0  # when the last report was sent
 
     # Life
 
@@ -154,14 +159,42 @@ class Worker:
     def send_log(self, record: dict[str, Any]) -> None:
         """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process."""
         body = wire.dumps(record)
+        self._send_beside(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
+
+    def _send_beside(self, head: bytes, body: Pickled | None = None) -> None:
+        """Write a frame from within a task, from whichever of its threads."""
         shielded = threading.current_thread() is threading.main_thread()
         if shielded:
             self.interrupts.shield()
         try:
-            self.channel.send(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
+            self.channel.send(head, body)
         finally:
             if shielded:
                 self.interrupts.unshield()
+
+    # What a task asks about itself
+
+    def current(self) -> _current.CurrentTask | None:
+        """Return what `current_task` returns."""
+        frame, words = self._frame, self._words
+        if frame is None or words[PHASE] != RUNNING:
+            return None
+        name, beginning, first = self._task
+        index = words[ITEM]
+        return _current.CurrentTask(
+            name,
+            f"{beginning}:{first + index}" if frame.kind == wire.RANGE else beginning,
+            frame.attempt,
+            self._times[STARTED] + frame.seconds if frame.seconds else None,
+            is_stopping=lambda: words[INTERRUPT] == frame.unit and words[INTERRUPT_ITEM] in (index, ANY_ITEM),
+            report=lambda done, total: self._report_progress(frame.unit, index, done, total),
+        )
+
+    def _report_progress(self, unit: int, index: int, done: float, total: float) -> None:
+        if done < total and now() - self._reported < REPORTS:
+            return
+        self._reported = now()
+        self._send_beside(wire.frame_head(wire.REPORT, unit, index=index, started=done, seconds=total))
 
     # One call
 
@@ -171,8 +204,10 @@ class Worker:
         try:
             self.interrupts.armed = frame.unit
             try:
-                fn, args, kwargs = wire.loads(frame.body)
+                fn, args, kwargs, name = wire.loads(frame.body)
                 kind = wire.RAISED
+                self._task = name or _current.name_of(fn), str(frame.item), 0
+                self._frame = frame
                 self._words[PHASE] = RUNNING
                 value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
@@ -199,6 +234,7 @@ class Worker:
         return started
 
     def _end(self) -> None:
+        self._frame = None
         self._words[UNIT] = 0
         self._words[PHASE] = IDLE
         stop.clear_timers()
@@ -265,8 +301,10 @@ class RangeRun:
         self.group_started = 0.0
 
     def load(self) -> None:
-        """Unpickle function and items: `(function, items, whether an item is a tuple of arguments)`."""
-        fn, items, self._star = wire.loads(self.frame.body)
+        """Unpickle function and items, whether an item is a tuple of arguments, and what names them."""
+        fn, items, self._star, name, job, first = wire.loads(self.frame.body)
+        self.worker._task = name or _current.name_of(fn), str(job), first
+        self.worker._frame = self.frame
         self._fn: Callable[..., Any] = fn
         self._items = items
         self.worker._words[PHASE] = RUNNING
@@ -339,12 +377,12 @@ class RangeRun:
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
         try:
-            body = wire.dumps(values)
+            kind, body = wire.dumps_values(values)
         except BaseException:
             self._write_singly()
         else:
             started = self.group_started
-            report(wire.VALUES, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
+            report(kind, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
 
     def _write_singly(self) -> None:
         for index, value in enumerate(self.values, self.first):
@@ -393,6 +431,7 @@ def main(
     stop.arm_life_pipe(channel.life)
     stop.write_stacks_to(channel.page_fd)
     worker = Worker(channel, initializer, initargs)
+    _current.set_source(worker.current)
     pid = os.getpid()
     os.register_at_fork(after_in_child=channel.close)
     stop.on_interrupt(worker._handler)

@@ -57,6 +57,7 @@ class Stats:
         crashed: ... by the death of their worker.
         started: Workers that were started.
         replaced: Workers that ended before their time, by a crash or by being stopped.
+        retried: Attempts that failed and were followed by another one.
         rerun: Items of maps that ran twice, since their worker died before their results, of less than a millisecond's
             work, were written.
     """
@@ -72,6 +73,7 @@ class Stats:
     crashed: int = 0
     started: int = 0
     replaced: int = 0
+    retried: int = 0
     rerun: int = 0
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+from taskpool._current import CurrentTask, name_of, running
 from taskpool._engine import exceptions
-from taskpool._engine.units import name_of
-from taskpool._map import MapJob
+from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
-from taskpool._task import Failure, Outcome, TaskFuture, Value
+from taskpool._retry import Attempts
+from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.errors import RemoteError, TaskTimeoutError
 
 
@@ -22,13 +24,79 @@ class TaskInterrupt(BaseException):
     """Raised inside a task that must end. Not an Exception, so that ordinary handlers let it pass."""
 
 
-class LocalCall:
+class LocalTask:
+    """A task that runs in this process: a call, or one item of a map.
+
+    Args:
+        options: What holds for it.
+        name: Its name.
+        task_id: What `current_task().id` is in it.
+    """
+
+    def __init__(self, options: TaskOptions, name: str, task_id: str) -> None:
+        self.options = options
+        self.name: str = name
+        self.id: str = task_id
+        self.attempts: Attempts | None = None  # once it has failed and may be tried again
+
+    def claim(self) -> bool:
+        """Take it off the queue; False if it was cancelled."""
+        raise NotImplementedError
+
+    def call(self) -> Any:
+        """Run it."""
+        raise NotImplementedError
+
+    def give_back(self) -> bool:
+        """Return it to the queue for another attempt; False if it was cancelled meanwhile."""
+        raise NotImplementedError
+
+    def report(self, done: float, total: float) -> None:
+        """Note how far it says it is."""
+        raise NotImplementedError
+
+    def pause(self, seconds: float, ended: threading.Event) -> None:
+        """Wait for its next attempt in this thread, and no longer than until it is cancelled or everything ends."""
+        raise NotImplementedError
+
+    def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
+        """Resolve it; None is a cancellation. Return False if it was resolved before."""
+        raise NotImplementedError
+
+    def owns(self, target: object) -> bool:
+        """Whether a request to stop `target`, a future or a map, means this."""
+        raise NotImplementedError
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt is being made, from 1."""
+        return 1 if self.attempts is None else self.attempts.number
+
+    def judge(self, outcome: RawOutcome, seconds: float) -> tuple[float | None, RawOutcome]:
+        """Return (seconds until its next attempt, or None if there is none, and what stands then)."""
+        policy = self.options.retry
+        if policy is None or not policy.judges(ok=outcome.ok):
+            return None, outcome
+        if self.attempts is None:
+            self.attempts = Attempts(policy, self.name)
+        return self.attempts.decide(outcome, seconds)
+
+
+class Ran(NamedTuple):
+    """An attempt that was made here: when it began (monotonic), how long it took, in which thread."""
+
+    started: float
+    seconds: float
+    worker: str
+    attempts: int
+
+
+class LocalCall(LocalTask):
     """One call of a function in this process."""
 
     def __init__(self, future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> None:
+        super().__init__(options, future.task_name, future.task_id)
         self.future = future
-        self.options = options
-        self.name: str = future.task_name
         self._call: Any = fn, args, kwargs
 
     def claim(self) -> bool:
@@ -36,31 +104,45 @@ class LocalCall:
         return self.future.set_running_or_notify_cancel()
 
     def call(self) -> Any:
-        """Run it, once; what it was called with is not kept."""
+        """Run it; what it was called with is not kept beyond its last attempt."""
         fn, args, kwargs = self._call
-        self._call = None
+        if self.options.retry is None:
+            self._call = None
         return fn(*args, **kwargs)
 
     def drop(self) -> None:
         """Let go of function and arguments: it was cancelled, and stands in a queue for a while yet."""
         self._call = None
 
-    def settle(self, outcome: Outcome | None, seconds: float) -> bool:
-        """Resolve the future; None is a cancellation."""
+    def give_back(self) -> bool:
+        """Make its future a queued one again."""
+        return self.future.take_back()
+
+    def report(self, done: float, total: float) -> None:
+        """Note it on the future."""
+        self.future.progress = done, total
+
+    def pause(self, seconds: float, ended: threading.Event) -> None:
+        """Wait until the future is resolved: it is cancelled, here or by the end."""
+        if not ended.is_set():
+            self.future.sleep(seconds)
+
+    def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
+        """Resolve the future."""
+        self._call = None
         return self.future.finish_cancelled() if outcome is None else self.future.finish(outcome)
 
     def owns(self, target: object) -> bool:
-        """Whether a request to stop `target` means this."""
+        """Whether this is the future."""
         return target is self.future
 
 
-class LocalItem:
+class LocalItem(LocalTask):
     """One item of a map in this process."""
 
     def __init__(self, job: MapJob, index: int, item: Any) -> None:
+        super().__init__(job.options, job.options.name or name_of(job.fn), f"{job.id}:{index}")
         self.job = job
-        self.options: TaskOptions = job.options
-        self.name: str = job.options.name or name_of(job.fn)
         self._index = index
         self._item = item
         self._settled = False
@@ -74,8 +156,21 @@ class LocalItem:
         """Run it."""
         return self.job.fn(*self._item) if self.job.star else self.job.fn(self._item)
 
-    def settle(self, outcome: Outcome | None, seconds: float) -> bool:
-        """Deposit the outcome; None is a cancellation, of which nobody will ask."""
+    def give_back(self) -> bool:
+        """Return whether anybody still wants it."""
+        return not self.job.cancelled
+
+    def report(self, done: float, total: float) -> None:
+        """Note it with the map."""
+        self.job.report(self._index, done, total)
+
+    def pause(self, seconds: float, ended: threading.Event) -> None:
+        """Wait until the end, of everything or of the map's time."""
+        deadline = self.job.deadline
+        ended.wait(seconds if deadline is None else min(seconds, max(0.0, deadline - time.monotonic())))
+
+    def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
+        """Give the map its outcome; None is a cancellation, of which nobody will ask."""
         if self._settled:
             return False
         self._settled = True
@@ -83,18 +178,29 @@ class LocalItem:
             return True
         if outcome.ok:
             outcome = Value([outcome.decode()[0]])
-        self.job.deposit(self._index, 1, outcome, seconds)
+        self.job.settle(Settled(self._index, 1, outcome, *run))
         return True
 
     def owns(self, target: object) -> bool:
-        """Whether a request to stop `target` means this."""
+        """Whether this is the map."""
         return target is self.job
 
 
-LocalTask = LocalCall | LocalItem
+@contextlib.contextmanager
+def as_current(task: LocalTask, is_stopping: Callable[[], bool]) -> Iterator[None]:
+    """Have `current_task` return this one inside. No interrupt may be under way when this is entered or left."""
+    limit = task.options.task_timeout
+    deadline = None if limit is None else time.monotonic() + limit
+    token = running.set(
+        CurrentTask(task.name, task.id, task.attempt, deadline, is_stopping=is_stopping, report=task.report)
+    )
+    try:
+        yield
+    finally:
+        running.reset(token)
 
 
-def run_task(task: LocalTask) -> Outcome:
+def run_task(task: LocalTask) -> RawOutcome:
     """Run a task and return how it ended; a TaskInterrupt goes through."""
     try:
         return Value(task.call())
@@ -107,6 +213,15 @@ def run_task(task: LocalTask) -> Outcome:
         text = "".join(traceback.format_exception(error))
         made = RemoteError(exceptions.safe_str(error), type_name=exceptions.type_name(error), traceback=text)
         return Failure(made)
+
+
+def kind_of(outcome: RawOutcome | None, *, timed_out: bool) -> str:
+    """Return under what an end counts in the statistics."""
+    if outcome is None:
+        return "cancelled"
+    if outcome.ok:
+        return "finished"
+    return "timed_out" if timed_out else "failed"
 
 
 def timed_out(task: LocalTask, stack: str | None) -> Failure:

@@ -10,19 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from taskpool._engine.units import name_of
+from taskpool._current import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._task import Failure, Outcome, TaskFuture
+from taskpool._task import Failure, RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
     LocalItem,
     LocalTask,
+    Ran,
     TaskInterrupt,
+    as_current,
     cancel_interrupt,
     interrupt_thread,
+    kind_of,
     run_task,
     stack_of,
     timed_out,
@@ -50,7 +53,8 @@ class SerialBackend(Backend):
         self._running: list[LocalRun] = []
         self._initialized = False
         self._broken: BaseException | None = None  # what the initializer raised
-        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled"), 0)
+        self._ended = threading.Event()  # nothing is tried again
+        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "retried"), 0)
 
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
         """Run a call now."""
@@ -85,15 +89,26 @@ class SerialBackend(Backend):
             raise _initializer_error(self._broken)
 
     def _run(self, task: LocalTask, deadline: float | None = None) -> None:
-        if not task.claim():
-            self._counts["cancelled"] += 1
-            return
+        """Run a task, as often as its policy asks for; the caller sleeps in between, as the worker that it is."""
+        wait: float | None = 0.0
+        while wait is not None:
+            if not task.claim():
+                self._counts["cancelled"] += 1
+                return
+            wait = self._attempt(task, deadline)
+            if wait is not None:
+                if not task.give_back():
+                    return
+                task.pause(wait, self._ended)
+
+    def _attempt(self, task: LocalTask, deadline: float | None) -> float | None:
+        """Run it once; return the seconds until the next attempt, or settle it and return None."""
         began = time.monotonic()
         run = LocalRun(task)
         self._running.append(run)
-        outcome: Outcome | None = None
+        outcome: RawOutcome | None = None
         try:
-            with self._limited(run, task.options.task_timeout, deadline):
+            with as_current(task, lambda: run.interrupted), self._limited(run, task.options.task_timeout, deadline):
                 outcome = run_task(task)
         except TaskInterrupt:
             pass
@@ -101,9 +116,18 @@ class SerialBackend(Backend):
             self._running.remove(run)
         if run.interrupted:
             outcome = timed_out(task, run.stack) if run.timed_out else None
-        if task.settle(outcome, time.monotonic() - began):
-            kind = "cancelled" if outcome is None else "finished" if outcome.ok else "failed"
-            self._counts["timed_out" if run.timed_out else kind] += 1
+        ran = Ran(began, time.monotonic() - began, "serial", task.attempt)
+        return self._conclude(task, outcome, ran, timed_out=run.timed_out)
+
+    def _conclude(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> float | None:
+        if outcome is not None and not self._ended.is_set():
+            wait, outcome = task.judge(outcome, ran.seconds)
+            if wait is not None:
+                self._counts["retried"] += 1
+                return wait
+        if task.settle(outcome, ran):
+            self._counts[kind_of(outcome, timed_out=timed_out)] += 1
+        return None
 
     @contextlib.contextmanager
     def _limited(self, run: LocalRun, limit: float | None, deadline: float | None) -> Iterator[None]:
@@ -150,6 +174,7 @@ class SerialBackend(Backend):
 
     def terminate(self, kill_at: float) -> None:
         """Ask what runs to end."""
+        self._ended.set()
         for run in list(self._running):
             run.interrupt(has_timed_out=False)
 

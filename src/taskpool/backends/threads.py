@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
@@ -10,19 +11,22 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskpool._engine.units import name_of
+from taskpool._current import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._task import Outcome, TaskFuture
+from taskpool._task import RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
     LocalItem,
     LocalTask,
+    Ran,
     TaskInterrupt,
+    as_current,
     cancel_interrupt,
     interrupt_thread,
+    kind_of,
     run_task,
     stack_of,
     timed_out,
@@ -53,8 +57,12 @@ class ThreadBackend(Backend):
         self._threads: set[WorkerThread] = set()
         self._numbers = itertools.count(1)
         self._closing = False
+        self._is_over = False  # nothing is tried again
+        self._waiting: dict[LocalTask, None] = {}  # for their next attempt, in the order of their failures
         self._broken: BaseException | None = None
-        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "started", "replaced"), 0)
+        self._counts = dict.fromkeys(
+            ("finished", "failed", "timed_out", "cancelled", "started", "replaced", "retried"), 0
+        )
 
     # Accepting
 
@@ -106,7 +114,7 @@ class ThreadBackend(Backend):
         while True:
             with self._changed:
                 while not self._heap:
-                    if self._closing or thread not in self._threads:
+                    if (self._closing and not self._waiting) or thread not in self._threads:
                         self._threads.discard(thread)
                         self._changed.notify_all()
                         return None
@@ -129,13 +137,53 @@ class ThreadBackend(Backend):
         if limit is not None:
             self._alarms.set(thread, time.monotonic() + limit, lambda: self._limit_passed(thread, task))
 
-    def ended(self, thread: WorkerThread, task: LocalTask, outcome: Outcome | None, seconds: float) -> None:
+    def ended(self, thread: WorkerThread, task: LocalTask, outcome: RawOutcome | None, began: float) -> None:
         """A thread has left a task."""
+        with self._changed:
+            if thread.abandoned:
+                return  # the task was given its end before
+            thread.task = None
         if task.options.task_timeout is not None or thread.interrupted:
             self._alarms.clear(thread)
-        if task.settle(outcome, seconds):
-            kind = "cancelled" if outcome is None else "finished" if outcome.ok else "failed"
-            self._counts["timed_out" if thread.timed_out else kind] += 1
+        ran = Ran(began, time.monotonic() - began, thread.name, task.attempt)
+        self._conclude(task, outcome, ran, timed_out=thread.timed_out)
+
+    def _conclude(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> None:
+        """Settle a task, or have it tried again."""
+        if outcome is not None and not self._is_over:
+            wait, outcome = task.judge(outcome, ran.seconds)
+            if wait is not None:
+                self._try_again(task, wait)
+                return
+        if task.settle(outcome, ran):
+            self._counts[kind_of(outcome, timed_out=timed_out)] += 1
+
+    def _try_again(self, task: LocalTask, wait: float) -> None:
+        """Have its next attempt queued after so many seconds, unless it is cancelled."""
+        if not task.give_back():
+            self._counts["cancelled"] += 1
+            return
+        self._counts["retried"] += 1
+        with self._changed:
+            self._waiting[task] = None
+        if self._is_over:  # set before what waits is refused, so one of the two finds it
+            self._refuse_waiting()
+        else:
+            self._alarms.set(task, time.monotonic() + wait, lambda: self._queue_again(task))
+
+    def _queue_again(self, task: LocalTask) -> None:
+        with self._changed:
+            is_waiting = self._waiting.pop(task, 0) is None
+        if is_waiting:
+            self._queue([task])
+
+    def _refuse_waiting(self) -> None:
+        with self._changed:
+            waiting, self._waiting = self._waiting, {}
+            self._changed.notify_all()
+        for task in waiting:
+            self._alarms.clear(task)
+            self._refuse(task, None)
 
     def initializer_failed(self, thread: WorkerThread, error: BaseException) -> None:
         """A thread cannot be made ready: fail all that waits."""
@@ -172,14 +220,15 @@ class ThreadBackend(Backend):
         with self._changed:
             if thread.task is not task:
                 return
+            thread.abandoned = True
             self._threads.discard(thread)
             self._counts["replaced"] += 1
             if self._heap and not self._broken:
                 self._start_thread()
             self._changed.notify_all()
         outcome = timed_out(task, thread.stack) if thread.timed_out else None
-        if task.settle(outcome, 0.0):
-            self._counts["timed_out" if thread.timed_out else "cancelled"] += 1
+        took = time.monotonic() - thread.began
+        self._conclude(task, outcome, Ran(thread.began, took, thread.name, task.attempt), timed_out=thread.timed_out)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a thread runs this future's task."""
@@ -205,10 +254,13 @@ class ThreadBackend(Backend):
             self._closing = True
             waiting: list[tuple[int, int, LocalTask]] = []
             if cancel:
+                self._is_over = True
                 waiting, self._heap = self._heap, []
             self._changed.notify_all()
         for _priority, _order, task in waiting:
             self._refuse(task, None)
+        if cancel:
+            self._refuse_waiting()
 
     def terminate(self, kill_at: float) -> None:
         """Cancel what is queued, and ask what runs to end."""
@@ -219,14 +271,14 @@ class ThreadBackend(Backend):
                 when = min(kill_at, time.monotonic() + task.options.grace)
                 self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
 
-    def _refuse(self, task: LocalTask, outcome: Outcome | None) -> None:
+    def _refuse(self, task: LocalTask, outcome: RawOutcome | None) -> None:
         if isinstance(task, LocalCall):
             self.left_queue(task.future)
         if isinstance(task, LocalItem) and outcome is None and not task.job.cancelled:
             from concurrent.futures import CancelledError
 
             outcome = _as_failure(CancelledError())
-        if task.settle(outcome, 0.0):
+        if task.settle(outcome, Ran(0.0, 0.0, "", task.attempt - 1)):
             self._counts["cancelled" if outcome is None else "failed"] += 1
 
     def join(self, timeout: float | None) -> bool:
@@ -266,6 +318,8 @@ class WorkerThread(threading.Thread):
         self.timed_out: bool = False  # ... because it passed its limit
         self.abandoned: bool = False
         self.stack: str | None = None
+        self.began = 0.0  # when the current task started (monotonic)
+        self._leaving = False  # the current task has ended
         self._backend = backend
         self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task
 
@@ -283,28 +337,31 @@ class WorkerThread(threading.Thread):
             del task
 
     def _run(self, task: LocalTask) -> None:
-        began = time.monotonic()
-        outcome: Outcome | None = None
-        try:
+        self.began, self._leaving = time.monotonic(), False
+        with as_current(task, lambda: self.interrupted):
+            outcome = self._run_interruptibly(task)
+        if self.interrupted:  # also if the task swallowed it and went on to an end of its own
+            outcome = timed_out(task, self.stack) if self.timed_out else None
+        self._backend.ended(self, task, outcome, self.began)
+        self.interrupted = self.timed_out = False
+
+    def _run_interruptibly(self, task: LocalTask) -> RawOutcome | None:
+        outcome: RawOutcome | None = None
+        with contextlib.suppress(TaskInterrupt):
             try:
                 self._backend.started(self, task)
                 outcome = run_task(task)
             finally:
                 with self._lock:  # from here on no interrupt is sent; one that was sent and not raised is taken back
+                    self._leaving = True
                     if self.interrupted:
                         cancel_interrupt(self.ident or 0)
-        except TaskInterrupt:
-            outcome = None
-        if self.interrupted:  # also if the task swallowed it and went on to an end of its own
-            outcome = timed_out(task, self.stack) if self.timed_out else None
-        self._backend.ended(self, task, outcome, time.monotonic() - began)
-        self.interrupted = self.timed_out = False
-        self.task = None
+        return outcome
 
     def interrupt(self, task: LocalTask, *, has_timed_out: bool) -> bool:
         """Ask the current task to end; return whether it is `task`, and was not asked before."""
         with self._lock:
-            if self.task is not task or self.interrupted or self.ident is None:
+            if self.task is not task or self._leaving or self.interrupted or self.ident is None:
                 return False
             self.interrupted = True
             self.timed_out = has_timed_out
@@ -319,11 +376,11 @@ def _initializer_error(cause: BaseException) -> InitializerError:
     return error
 
 
-def _failure(cause: BaseException) -> Outcome:
+def _failure(cause: BaseException) -> RawOutcome:
     return _as_failure(_initializer_error(cause))
 
 
-def _as_failure(error: BaseException) -> Outcome:
+def _as_failure(error: BaseException) -> RawOutcome:
     from taskpool._task import Failure
 
     return Failure(error)

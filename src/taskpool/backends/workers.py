@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool import logs
+from taskpool._current import name_of
 from taskpool._engine import hosts, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
-from taskpool._engine.units import make_call, make_pieces, name_of
+from taskpool._engine.units import make_call, make_pieces
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
@@ -132,6 +133,7 @@ class WorkersBackend(Backend):
             crashed=counts.crashed,
             started=counts.started,
             replaced=counts.replaced,
+            retried=counts.retried,
             rerun=counts.rerun,
         )
 
