@@ -270,6 +270,12 @@ class _Feeder(MapBackend):
         self._executor = executor
         self.workers = executor._backend.workers
 
+    def check_process(self) -> None:
+        self._executor._backend.check_process()
+
+    def is_here(self) -> bool:
+        return self._executor._backend.is_here()
+
     def submit_items(self, job: MapJob, first: int, items: Any) -> None:
         self._executor._check_open()
         self._executor._backend.submit_items(job, first, items)

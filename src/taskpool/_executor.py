@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import threading
@@ -133,7 +134,7 @@ class Executor(Calls, _StandardExecutor):
         self._backend.check_process()
         deadline = None if seconds is None else time.monotonic() + seconds
         if wait and not cancel_futures and not self._closed:
-            self._finish_maps()
+            self._finish_maps(deadline)
         self._closed = True
         self._backend.close(cancel=cancel_futures)
         if not wait or self._backend.is_own_thread():
@@ -223,9 +224,9 @@ class Executor(Calls, _StandardExecutor):
             ended = "interpreter shutdown" if _exiting else "shutdown"
             raise RuntimeError(f"cannot schedule new futures after {ended}")
 
-    def _finish_maps(self) -> None:
+    def _finish_maps(self, deadline: float | None) -> None:
         for results in list(self._maps):
-            results.finish_reading()
+            results.finish_reading(math.inf if deadline is None else deadline)
 
     def _stop(self, *, kill_after: float | None) -> None:
         self._closed = True

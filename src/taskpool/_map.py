@@ -155,6 +155,13 @@ class MapBackend:
 
     workers: int = 1
 
+    def check_process(self) -> None:
+        """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
+
+    def is_here(self) -> bool:
+        """Whether this process is the one that made this."""
+        return True
+
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Accept the items of `job` from index `first` on."""
         raise NotImplementedError

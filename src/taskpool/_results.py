@@ -7,6 +7,8 @@ or as `Outcome` records, in the order of the input or as it comes, to a thread o
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence, Sized
@@ -61,6 +63,7 @@ class MapResults:
         self._sequence = source if isinstance(source, range | list | tuple) else None
         self._source = iter(source)
         job.total = len(source) if isinstance(source, Sized) else None
+        self._eager = eager
         self._all_at_once = eager and job.total is not None
         self._items: dict[int, tuple[Any, float]] | None = {} if keeps_items else None  # (item, when it was read)
         self._read = 0  # items taken from the input
@@ -68,6 +71,9 @@ class MapResults:
         self._split: deque[Settled] = deque()  # items of a group that could not be handed out together
         self._input_error: BaseException | None = None
         self._exhausted = job.total == 0
+        self._is_asked = False  # whether anybody has asked for a result
+        self._reading = threading.RLock()  # an input is read by one thread at a time
+        self._is_reading = False
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
         self._wall = time.time() - time.monotonic()
@@ -88,11 +94,21 @@ class MapResults:
             each = max(READ_AHEAD, min(each, int(AHEAD_BYTES / job.item_bytes)))
         return self._backend.workers * each
 
-    def _feed(self) -> None:
+    def _feed(self, deadline: float = math.inf) -> None:
         """Read ahead as far as the window allows."""
+        with self._reading:
+            if self._is_reading:
+                return  # a signal handler, or the input itself, came back here while the input is being read
+            self._is_reading = True
+            try:
+                self._read_on(deadline)
+            finally:
+                self._is_reading = False
+
+    def _read_on(self, deadline: float) -> None:
         window = self._window()
         size = 1
-        while not self._exhausted and not self._is_late():
+        while not self._exhausted and not self._is_late() and time.monotonic() < deadline:
             room = LARGEST_PIECE if window is None else window - (self._read - self._taken)
             # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
             if room <= 0 or (window is not None and room < window // 2 and self._read > self._taken):
@@ -136,11 +152,15 @@ class MapResults:
             self._exhausted = len(items) < size
         return items
 
-    def finish_reading(self) -> None:
-        """Read an input of unknown length to its end: the executor is being shut down and finishes what was accepted."""
-        if self._buffersize is None and not self._closed:
+    def finish_reading(self, deadline: float) -> None:
+        """Read an input of unknown length to its end: the executor is being shut down and finishes what was accepted.
+
+        So a map whose results are asked for after the shutdown has them all, as with the standard library. One that is
+        being iterated is left to whoever iterates: its input may be endless.
+        """
+        if self._eager and not self._is_asked and self._buffersize is None and not self._closed:
             self._all_at_once = True
-            self._feed()
+            self._feed(deadline)
 
     # Output
 
@@ -240,8 +260,11 @@ class MapResults:
 
         Raises:
             CallTimeoutError: If there is more to read, and no time.
+            ForkedExecutorError: In a process that was forked from the map's.
             Exception: What the input raised.
         """
+        self._backend.check_process()
+        self._is_asked = True
         self._feed()
         if self._taken < self._read:
             return False
@@ -322,7 +345,7 @@ class MapResults:
 
     def close(self, *, stop: bool) -> None:
         """End the map: items that have not started never will; what runs is stopped or may finish."""
-        if not self._closed:
+        if not self._closed and self._backend.is_here():
             self._closed = True
             self._job.cancel()
             self._backend.cancel_job(self._job, stop=stop)

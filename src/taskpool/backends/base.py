@@ -182,11 +182,15 @@ class Backend(MapBackend):
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
-        if self.pid != os.getpid():
+        if not self.is_here():
             raise ForkedExecutorError(
                 f"this executor belongs to process {self.pid}; its workers cannot serve process {os.getpid()}, which "
                 "was forked from it: make a new Executor here"
             )
+
+    def is_here(self) -> bool:
+        """Whether this process is the one that made this."""
+        return self.pid == os.getpid()
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """A thread begins to wait for this future; there is nothing that it could do itself."""

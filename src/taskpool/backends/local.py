@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import sys
 import threading
 import time
@@ -259,11 +260,13 @@ class Alarms:
         self._due: dict[object, tuple[float, Callable[[], None]]] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def set(self, key: object, when: float, call: Callable[[], None]) -> None:
         """Have `call` called at the monotonic time `when`."""
         with self._changed:
             self._due[key] = when, call
+            self._closed = False
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=f"{self._name}-limits", daemon=True)
                 self._thread.start()
@@ -278,21 +281,32 @@ class Alarms:
         """Forget all, and end the thread."""
         with self._changed:
             self._due.clear()
+            self._closed = True
             thread = self._thread
             self._changed.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)
 
     def _serve(self) -> None:
-        while True:
-            with self._changed:
-                if not self._due and not self._changed.wait_for(lambda: self._due, 1.0):
-                    self._thread = None
-                    return
+        while (call := self._next()) is not None:
+            try:
+                call()
+            except BaseException:  # the next one is somebody else's
+                logging.getLogger("taskpool").exception("an alarm failed")
+
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for the next call; None when nothing has been due for a while, or all has ended."""
+        with self._changed:
+            while True:
+                if not self._due and not self._changed.wait_for(lambda: self._due or self._closed, 1.0):
+                    break
+                if not self._due:
+                    break
                 key, (when, call) = min(self._due.items(), key=lambda entry: entry[1][0])
                 left = when - time.monotonic()
-                if left > 0:
-                    self._changed.wait(left)
-                    continue
-                del self._due[key]
-            call()
+                if left <= 0:
+                    del self._due[key]
+                    return call
+                self._changed.wait(left)
+            self._thread = None
+            return None

@@ -113,7 +113,7 @@ class ThreadBackend(Backend):
         """Return the next task for a thread; None is the sentinel."""
         while True:
             with self._changed:
-                while not self._heap:
+                while not self._heap or thread not in self._threads:
                     if (self._closing and not self._waiting) or thread not in self._threads:
                         self._threads.discard(thread)
                         self._changed.notify_all()
