@@ -121,7 +121,7 @@ def test_an_endless_input_works_by_default(pool: Pool) -> None:
 @on_all
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_input_that_raises_harms_only_its_map(pool: Pool, kind: type[BaseException]) -> None:
-    """Its exception reaches whoever iterates, after the results of the items before it."""
+    """Its exception reaches whoever iterates, after the results of the items before it; Ctrl-C and the like at once."""
 
     def numbers() -> Iterator[int]:
         yield from range(3)
@@ -131,7 +131,8 @@ def test_an_input_that_raises_harms_only_its_map(pool: Pool, kind: type[BaseExce
     got: list[int] = []
     with pytest.raises(kind, match="the input is broken"):
         got.extend(executor.map(tasks.square, numbers()))
-    assert got in ([], [0, 1, 4])
+    assert got == [0, 1, 4][: len(got)]
+    assert len(got) == 3 or not issubclass(kind, Exception)
     assert list(executor.map(tasks.square, range(4))) == [0, 1, 4, 9]
 
 
