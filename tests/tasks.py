@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import taskpool
+
 PATIENCE = 30.0
 
 
@@ -855,3 +857,76 @@ def watch_and_fail(value: Any) -> NoReturn:
 def watched_is_gone() -> bool:
     """Return whether the remembered object has been freed without the collector's help."""
     return bool(_watched) and _watched[0]() is None
+
+
+# ---------------------------------------------------------------------------------------------- items of `call`
+
+
+def fail_locally_with(text: str) -> NoReturn:
+    """Raise a ValueError."""
+    raise ValueError(text)
+
+
+def raise_two(number: int) -> NoReturn:
+    """Raise what takes two arguments."""
+    raise TwoArguments(number, "odd")
+
+
+def spin_long(seconds: float) -> None:
+    """Compute for a while, in steps between which a thread can be interrupted."""
+    spin(seconds)
+
+
+def sleep_for_ever_about(_: object) -> None:
+    """Sleep for ever, whatever for."""
+    sleep_for_ever()
+
+
+def sleep_briefly_for_ever() -> None:
+    """Sleep for ever in small steps, between which a thread can be interrupted."""
+    sleep_in_steps(1e6)
+
+
+# ---------------------------------------------------------------------------------------------- a task about itself
+
+
+def describe_itself(_: object = None) -> tuple[str, str, int, float | None, bool]:
+    """Return what the task knows of itself."""
+    task = taskpool.current_task()
+    assert task is not None
+    return task.name, task.id, task.attempt, task.remaining(), task.cancelled
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    """Return what a call in another thread returns."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def note_whether_stopped(started: Path, path: Path) -> None:
+    """Note whether the task is asked to end: before that, and while it cleans up."""
+    task = taskpool.current_task()
+    assert task is not None
+    note(path, task.cancelled)
+    started.touch()
+    try:
+        sleep_in_steps(1e6)
+    finally:
+        note(path, task.cancelled)
+
+
+def report(done: Any, total: Any) -> None:
+    """Report how far the task is."""
+    task = taskpool.current_task()
+    assert task is not None
+    task.report(done, total)
+
+
+def report_and_hold(release: Path) -> str:
+    """Report, and end once the file exists."""
+    report(1, 4)
+    await_file(release)
+    return "done"

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
 from taskpool._current import CurrentTask, name_of, running
@@ -171,13 +172,13 @@ class LocalItem(LocalTask):
         ended.wait(seconds if deadline is None else min(seconds, max(0.0, deadline - time.monotonic())))
 
     def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
-        """Give the map its outcome; None is a cancellation, of which nobody will ask."""
+        """Give the map its outcome; None is a cancellation."""
         if self._settled:
             return False
         self._settled = True
         if outcome is None:
-            return True
-        if outcome.ok:
+            outcome = Failure(CancelledError())  # not asked for where it was the map that was cancelled
+        elif outcome.ok:
             outcome = Value([outcome.decode()[0]])
         self.job.settle(Settled(self._index, 1, outcome, *run))
         return True

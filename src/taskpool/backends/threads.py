@@ -14,7 +14,7 @@ from typing import Any
 from taskpool._current import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._task import RawOutcome, TaskFuture
+from taskpool._task import Failure, RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
 from taskpool.backends.local import (
     Alarms,
@@ -274,10 +274,6 @@ class ThreadBackend(Backend):
     def _refuse(self, task: LocalTask, outcome: RawOutcome | None) -> None:
         if isinstance(task, LocalCall):
             self.left_queue(task.future)
-        if isinstance(task, LocalItem) and outcome is None and not task.job.cancelled:
-            from concurrent.futures import CancelledError
-
-            outcome = _as_failure(CancelledError())
         if task.settle(outcome, Ran(0.0, 0.0, "", task.attempt - 1)):
             self._counts["cancelled" if outcome is None else "failed"] += 1
 
@@ -377,10 +373,4 @@ def _initializer_error(cause: BaseException) -> InitializerError:
 
 
 def _failure(cause: BaseException) -> RawOutcome:
-    return _as_failure(_initializer_error(cause))
-
-
-def _as_failure(error: BaseException) -> RawOutcome:
-    from taskpool._task import Failure
-
-    return Failure(error)
+    return Failure(_initializer_error(cause))
