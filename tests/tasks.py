@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import faulthandler
 import os
 import signal
@@ -930,3 +931,92 @@ def report_and_hold(release: Path) -> str:
     report(1, 4)
     await_file(release)
     return "done"
+
+
+# ---------------------------------------------------------------------------------------------- more odd exceptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """Refuses every change."""
+
+    text: str
+
+
+class Refusing(Exception):
+    """Refuses changes in a way of its own."""
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuse."""
+        raise TypeError(f"{name} stays as it is")
+
+
+class OddText(str):
+    """Text that does not pickle."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse."""
+        raise ValueError("I stay here")
+
+
+class HasOddText(Exception):
+    """Its text does not pickle."""
+
+    def __str__(self) -> str:
+        """Return odd text."""
+        return OddText("odd")
+
+
+class _Nameless(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name in ("__qualname__", "__name__", "__module__"):
+            raise ValueError("no name")
+        return super().__getattribute__(name)
+
+
+class Nameless(Exception, metaclass=_Nameless):
+    """Its class has no name."""
+
+
+def fail_oddly(name: str) -> NoReturn:
+    """Raise an exception that is hard to describe."""
+    raise {"text": HasOddText, "name": Nameless}[name]
+
+
+class HangsOrDiesAtDump:
+    """Hangs or dies when it is pickled away from home."""
+
+    def __init__(self, home: int, *, hangs: bool) -> None:
+        self.home = home
+        self.hangs = hangs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Do so."""
+        if os.getpid() != self.home:
+            sleep_for_ever() if self.hangs else kill_itself()
+        return HangsOrDiesAtDump, (self.home,)
+
+
+def return_or_harm_at(bad: int, home: int, hangs: bool, number: int) -> Any:
+    """Return the number, or what harms its process when it is pickled."""
+    return HangsOrDiesAtDump(home, hangs=hangs) if number == bad else number
+
+
+class CountsDown(list[Any]):
+    """A list that iterates backwards."""
+
+    def __iter__(self) -> Any:
+        """Iterate backwards."""
+        return reversed(self)
+
+
+def set_alarm_at(bad: int, number: int) -> int:
+    """Set an alarm that would end this process soon, or take longer than that."""
+    if number == bad:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        spin(0.001)
+    elif number == bad + 1:
+        time.sleep(0.2)
+    return number

@@ -369,6 +369,25 @@ def test_with_a_chunksize_of_1_no_item_runs_twice(pool: Pool, tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------- exceptions
 
 
+@on_hosts
+def test_exceptions_that_refuse_changes_arrive_as_themselves(pool: Pool) -> None:
+    """Frozen dataclasses are common; what is set on their way back does not go by their own `__setattr__`."""
+    executor = pool(1)
+    frozen = outcome(executor.submit(tasks.fail, tasks.Frozen, "ice"))
+    assert type(frozen) is tasks.Frozen
+    assert frozen.text == "ice"
+    assert type(outcome(executor.submit(tasks.fail, tasks.Refusing, "no"))) is tasks.Refusing
+
+
+@on_hosts
+@pytest.mark.parametrize("odd", ["text", "name"])
+def test_exceptions_that_harm_their_encoding_cost_one_task(pool: Pool, odd: str) -> None:
+    """Whatever is wrong with their text or their class, they arrive, and the worker serves on."""
+    executor = pool(1)
+    assert isinstance(outcome(executor.submit(tasks.fail_oddly, odd)), (tasks.HasOddText, taskpool.RemoteError))
+    assert executor.submit(tasks.identity, 5).result(PATIENCE) == 5
+
+
 @pytest.mark.core
 @on_hosts
 def test_exceptions_with_required_arguments_arrive_as_themselves(pool: Pool) -> None:

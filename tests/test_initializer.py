@@ -19,6 +19,7 @@ import taskpool
 from tests import processes, states, tasks
 from tests.helpers import (
     EVERY_HOST,
+    PATIENCE,
     SERIAL,
     TEMPLATE,
     THREAD,
@@ -30,6 +31,7 @@ from tests.helpers import (
     on_hosts,
     on_one_host,
     outcome,
+    run_script,
     wait_until,
 )
 
@@ -306,3 +308,37 @@ def test_a_preload_that_fails(pool: Make, tmp_path: Path, monkeypatch: pytest.Mo
         error = outcome(executor.submit(abs, -1))
     assert type(error) is taskpool.InitializerError, error
     assert not [process for process in processes.descendants() if name in process.command]
+
+
+@pytest.mark.parametrize("name", ["thread", "serial"])
+def test_start_timeout_bounds_an_initializer_without_processes(name: str, tmp_path: Path) -> None:
+    """In a thread, which is left to itself, and in the caller, which is interrupted."""
+    release = tmp_path / "release"
+    how: dict[str, Any] = {"initializer": tasks.await_file, "initargs": (release,), "start_timeout": 0.3}
+    with at_most(5), taskpool.Executor(1, backend=name, **how) as pool:
+        future = pool.submit(tasks.square, 3)
+        with pytest.raises(taskpool.InitializerError, match=r"start_timeout=0\.3"):
+            future.result(PATIENCE)
+    release.touch()
+
+
+def test_ctrl_c_in_a_serial_task_is_the_callers() -> None:
+    """It ends the program as it would without an executor; one that a task raises itself is the task's error."""
+    ended = run_script(
+        """
+import taskpool
+from tests import tasks
+pool = taskpool.Executor(backend="serial")
+print(type(pool.submit(tasks.fail, KeyboardInterrupt).exception()).__name__)
+def wait():
+    print("ready", flush=True)
+    tasks.sleep_for_ever()
+try:
+    pool.submit(wait)
+except KeyboardInterrupt:
+    print("ended")
+print(pool.submit(abs, -1).result())
+""",
+        signals=(("ready", 2),),
+    )
+    assert ended.out.splitlines() == ["RemoteError", "ready", "ended", "1"]

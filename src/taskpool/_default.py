@@ -26,17 +26,22 @@ class _SharedExecutor(Executor):
 
 
 _executors: dict[tuple[int, int, str], Executor] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def default_executor(max_workers: int | None = None, backend: str = "process") -> Executor:
     """Return the shared executor with so many workers on this backend; a forked child gets one of its own."""
     workers = check_count(max_workers, "max_workers") or default_workers()
     key = os.getpid(), workers, backend
-    with _lock:
+    with _lock:  # reentrant: a signal handler may map, too, and interrupt just this
         executor = _executors.get(key)
         if executor is None or executor._closed:
-            executor = _executors[key] = _SharedExecutor(workers, backend=backend, name="taskpool")
+            made = _SharedExecutor(workers, backend=backend, name="taskpool")
+            executor = _executors.get(key)
+            if executor is None or executor._closed:
+                executor = _executors[key] = made
+            else:
+                made.shutdown(wait=False)  # a handler was faster; this one has not started anything
         return executor
 
 
@@ -141,7 +146,7 @@ def outcomes(
 def _start_afresh() -> None:
     """In a forked child: forget the parent's executors, and the lock that some thread of the parent may have held."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _executors.clear()
 
 

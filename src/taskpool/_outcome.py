@@ -35,7 +35,7 @@ class Outcome(Generic[I, V]):
     queued: float
     started: float | None
     finished: float
-    _value: V | None = None
+    _value: V | None = attrs.field(default=None, alias="value")
 
     @property
     def ok(self) -> bool:

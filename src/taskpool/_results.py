@@ -60,7 +60,8 @@ class MapResults:
         self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
         self._buffersize = buffersize
         self._ordered = ordered
-        self._sequence = source if isinstance(source, range | list | tuple) else None
+        # Sliced instead of iterated; a subclass may iterate in a way of its own.
+        self._sequence: Sequence[Any] | None = source if type(source) in (range, list, tuple) else None  # type: ignore[assignment]
         self._source = iter(source)
         job.total = len(source) if isinstance(source, Sized) else None
         self._eager = eager

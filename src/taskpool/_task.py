@@ -151,6 +151,9 @@ class TaskFuture(Future[T]):
 
         @property
         def _condition(self) -> threading.Condition:
+            # Whoever waits in a way of the standard library's comes by here. In a forked child nobody would wake him.
+            if self._owner is not None and not self._is_resolved():
+                self._owner.check_process()
             if self._lazy_condition is None:
                 with self._lock:
                     if self._lazy_condition is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -141,6 +143,32 @@ def test_one_result_that_cannot_be_loaded_costs_one_item(pool: Pool) -> None:
     assert isinstance(outcomes[1].error, taskpool.UnpickleError)
 
 
+@on_hosts
+@pytest.mark.parametrize("chunksize", [None, 1, 20])
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_result_that_harms_its_pickling_costs_one_item(pool: Pool, chunksize: int | None, hangs: bool) -> None:
+    """Although it was to be written together with its neighbours."""
+    executor = pool(1, task_timeout=0.5, grace=0.1)
+    harm = [[50] * 100, [os.getpid()] * 100, [hangs] * 100, range(100)]
+    outcomes = list(executor.outcomes(tasks.return_or_harm_at, *harm, chunksize=chunksize, ordered=True))
+    expected = taskpool.TaskTimeoutError if hangs else taskpool.WorkerCrashedError
+    assert {outcome.index: type(outcome.error) for outcome in outcomes if not outcome.ok} == {50: expected}
+    assert [outcome.value for outcome in outcomes if outcome.ok] == [*range(50), *range(51, 100)]
+
+
+@on_all
+def test_a_sequence_that_iterates_in_its_own_way_is_iterated(pool: Pool) -> None:
+    """And not sliced, as the built-in `map` does not slice it."""
+    assert list(pool().map(tasks.identity, tasks.CountsDown([1, 2, 3]))) == [3, 2, 1]
+
+
+@on_hosts
+def test_an_alarm_that_an_item_leaves_hits_no_other(pool: Pool) -> None:
+    """Of the same chunk."""
+    results = pool(1).map(tasks.set_alarm_at, [3] * 8, range(8), chunksize=8)
+    assert list(results) == list(range(8))
+
+
 # ---------------------------------------------------------------------------------------------- outcomes
 
 
@@ -220,8 +248,8 @@ def test_a_timeout_ends_outcomes_and_what_they_started(pool: Pool, tmp_path: Pat
     stuck = (tasks.sleep_for_ever_about, None) if backend.hosted else (tasks.await_file, release)
     executor = pool(1)
     got = []
-    with pytest.raises(taskpool.CallTimeoutError, match=r"0\.4 seconds") as caught:
-        for outcome in executor.outcomes(tasks.call, [(tasks.square, 3), stuck], timeout=0.4, chunksize=1):
+    with pytest.raises(taskpool.CallTimeoutError, match=r"1\.5 seconds") as caught:
+        for outcome in executor.outcomes(tasks.call, [(tasks.square, 3), stuck], timeout=1.5, chunksize=1):
             got.append(outcome.value)  # noqa: PERF401  (what was handed out before the error is kept)
     assert got == [9]
     assert caught.value.finished == 1
@@ -376,3 +404,67 @@ def test_unknown_options_of_the_module_level_calls_are_refused(name: str) -> Non
     """At the call, by name."""
     with pytest.raises(TypeError, match="tiemout"):
         getattr(taskpool, name)(tasks.square, [1], tiemout=3)
+
+
+# ---------------------------------------------------------------------------------------------- the end, and forks
+
+
+def test_a_shutdown_within_a_bound_does_not_read_an_endless_input(pool: Pool) -> None:
+    """Neither before anybody has asked for a result, nor behind that."""
+    for asked in (0, 1):
+        executor = pool(2)
+        results = executor.map(tasks.square, itertools.count())
+        assert [next(results) for _ in range(asked)] == [0] * asked
+        bounded(lambda executor=executor: executor.shutdown(timeout=0.3), 5)
+
+
+def test_leaving_with_a_map_that_is_being_read_does_not_read_it_to_its_end() -> None:
+    """It may be endless."""
+    ended = run_script(
+        """
+import itertools, taskpool
+with taskpool.Executor(2) as pool:
+    results = pool.map(abs, itertools.count())
+    print(next(results))
+try:
+    for _ in results: pass
+except RuntimeError as error:
+    print(error)
+""",
+        timeout=20,
+    )
+    assert ended.out.splitlines() == ["0", "cannot schedule new futures after shutdown"]
+
+
+@on_all
+def test_results_of_a_map_are_there_after_the_shutdown(pool: Pool) -> None:
+    """Also those of an input of unknown length, as with the standard library."""
+    executor = pool(2)
+    results = executor.map(tasks.square, iter(range(2000)))
+    executor.shutdown()
+    assert list(results) == [number * number for number in range(2000)]
+
+
+@on_hosts
+def test_a_map_in_a_forked_child_refuses(pool: Pool) -> None:
+    """`next` raises, closing does nothing, and waiting in the ways of the standard library raises, too."""
+    executor = pool(1)
+    results = executor.imap(tasks.square, itertools.count())
+    future = executor.submit(tasks.sleep_for_ever)
+    child = os.fork()
+    if not child:
+        refused = 0
+        for wait in (
+            lambda: next(results),
+            lambda: concurrent.futures.wait([future], 5),
+            lambda: list(concurrent.futures.as_completed([future], 5)),
+            lambda: future.add_done_callback(print),
+        ):
+            try:
+                wait()
+            except taskpool.ForkedExecutorError:
+                refused += 1
+        results.close()  # type: ignore[attr-defined]
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(bounded(lambda: os.waitpid(child, 0))[1]) == 4
+    results.close()  # type: ignore[attr-defined]

@@ -45,19 +45,36 @@ def encode(error: BaseException, *, frames_of_ours: int = 0) -> Pickled:
         text = "".join(traceback.format_exception(type(error), error, trace))
     except BaseException as problem:  # a hostile __str__ or __repr__
         text = f"{type_name(error)}: <the traceback could not be formatted: {type_name(problem)}>\n"
-    return wire.dumps((_encode(error, MAX_CHAIN, set()), text))
+    try:
+        return wire.dumps((_encode(error, MAX_CHAIN, set()), text))
+    except BaseException as problem:  # a hostile metaclass
+        stands_in = Encoded(
+            pickled=None,
+            parts=None,
+            type_name=type_name(error),
+            message=f"<{type_name(problem)}>",
+            cause=None,
+            context=None,
+            suppress_context=False,
+            members=None,
+        )
+        return wire.dumps((stands_in, text))
 
 
 def type_name(error: BaseException) -> str:
     """Return the qualified name of the exception's class, without the module where that is builtins."""
     cls = type(error)
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        module, name = str(cls.__module__), str(cls.__qualname__)
+    except BaseException:  # a hostile metaclass
+        return "an exception whose class has no name"
+    return name if module == "builtins" else f"{module}.{name}"
 
 
 def safe_str(error: BaseException) -> str:
     """Return `str(error)`, whatever the exception's own `__str__` does."""
     try:
-        return str(error)
+        return str.__str__(str(error))  # a copy, should it be of a class of its own
     except BaseException as problem:
         return f"<its text could not be made: {type_name(problem)}>"
 
@@ -172,9 +189,9 @@ def decode(body: Pickled) -> tuple[BaseException, str]:
     remote = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]  # it takes text
     remote.__cause__ = error.__cause__
     suppress = error.__suppress_context__
-    error.__cause__ = remote
+    _set(error, "__cause__", remote)
     # Assigning a cause suppresses the context, as `raise ... from` does; what the task had decided stays.
-    error.__suppress_context__ = suppress or error.__context__ is None
+    _set(error, "__suppress_context__", suppress or error.__context__ is None)
     return error, text
 
 
@@ -184,11 +201,16 @@ def _decode(encoded: Encoded, text: str) -> BaseException:
     if error is None:  # an exception may be false
         error = _stand_in(encoded, text)
     if encoded.context is not None:
-        error.__context__ = _decode(encoded.context, "")
+        _set(error, "__context__", _decode(encoded.context, ""))
     if encoded.cause is not None:
-        error.__cause__ = _decode(encoded.cause, "")
-    error.__suppress_context__ = encoded.suppress_context
+        _set(error, "__cause__", _decode(encoded.cause, ""))
+    _set(error, "__suppress_context__", encoded.suppress_context)
     return error
+
+
+def _set(error: BaseException, name: str, value: Any) -> None:
+    """Set an attribute, also of an exception that is frozen: not by its own `__setattr__`."""
+    BaseException.__setattr__(error, name, value)
 
 
 def _restore(encoded: Encoded) -> BaseException | None:
@@ -210,9 +232,9 @@ def _restore(encoded: Encoded) -> BaseException | None:
 
 def _rebuild(cls: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
     error = cls.__new__(cls, *args)
-    error.args = args
+    _set(error, "args", args)
     for name, value in attributes.items():
-        BaseException.__setattr__(error, name, value)
+        _set(error, name, value)
     return error
 
 

@@ -25,8 +25,7 @@ from taskpool._engine import functions
 Bytes = bytes | bytearray | memoryview
 
 OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
-MAX_PARTS = 1 << 16
-STACK_GLOBAL = b"\x93"  # the opcode by which a pickle of protocol 4 and newer names a class or function
+SHORT = 16  # items of a container that are looked at one by one
 MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
 
 # kind, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
@@ -89,24 +88,19 @@ def dumps(value: object) -> Pickled:
     return _dump_by_value(value) if b"__main__" in bytes(pickled.stream) else pickled
 
 
-def dumps_values(values: list[Any]) -> tuple[int, Pickled]:
-    """Pickle the results of several items of a map: (VALUES, all together) or (EACH, each by itself).
+def are_plain(values: list[Any]) -> bool:
+    """Whether pickling all these and loading them again runs no user code, so that none can harm its neighbours."""
+    return _PLAIN.issuperset(map(type, values)) or all(map(_is_plain, values))
 
-    Together is several times cheaper, for both sides. But one object that cannot be loaded again must not cost its
-    neighbours; so that is for streams in which nothing is called or looked up, which is done by one opcode alone.
 
-    Raises:
-        Exception: Whatever pickling raised; user code runs here.
-    """
-    together = dumps(values)
-    if len(values) == 1 or _PLAIN.issuperset(map(type, values)):
-        return VALUES, together
-    if STACK_GLOBAL not in bytes(together.stream) and not together.buffers:
-        return VALUES, together
-    bodies = [dumps([value]) for value in values]
-    if any(body.buffers for body in bodies) or len(bodies) >= MAX_PARTS:
-        raise ValueError("these are sent one by one")
-    return EACH, Pickled(bodies[0].stream, [body.stream for body in bodies[1:]])
+def _is_plain(value: Any) -> bool:
+    # Only shallow and short ones are looked into: for others pickling each by itself costs less than the look.
+    kind = type(value)
+    if kind is dict:
+        return (
+            len(value) <= SHORT and _PLAIN.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values()))
+        )
+    return kind in _PLAIN or (kind in (tuple, list) and len(value) <= SHORT and _PLAIN.issuperset(map(type, value)))
 
 
 def dumps_call(fn: object, *rest: object) -> Pickled:

@@ -371,23 +371,37 @@ class RangeRun:
         self.first = self.index
         self.worker._words[ITEM] = BETWEEN  # an interrupt for the item that is written now comes too late
         self.worker._words[PHASE] = RUNNING
+        stop.clear_timers()
         self.group_started = now()
         interrupts.armed = armed
 
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
         try:
-            kind, body = wire.dumps_values(values)
+            kind, body = (wire.VALUES, wire.dumps(values)) if wire.are_plain(values) else self._dump_each()
         except BaseException:
             self._write_singly()
         else:
             started = self.group_started
             report(kind, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
 
+    def _dump_each(self) -> tuple[int, Pickled]:
+        """Pickle each value by itself: one whose pickling kills or hangs this process is to blame, and it alone."""
+        bodies = [self._dump_one(index, value) for index, value in enumerate(self.values, self.first)]
+        if len(bodies) == 1:
+            return wire.VALUES, bodies[0]
+        if any(body.buffers for body in bodies):
+            raise ValueError("these are sent one by one")  # a frame's parts say nothing of whose buffers they are
+        return wire.EACH, Pickled(bodies[0].stream, [body.stream for body in bodies[1:]])
+
+    def _dump_one(self, index: int, value: Any) -> Pickled:
+        self.worker._words[ITEM] = index
+        return wire.dumps([value])
+
     def _write_singly(self) -> None:
         for index, value in enumerate(self.values, self.first):
             try:
-                kind, body = wire.VALUES, wire.dumps([value])
+                kind, body = wire.VALUES, self._dump_one(index, value)
             except BaseException as error:
                 kind, body = wire.UNSENDABLE, exceptions.encode(error, frames_of_ours=1)
             self.worker._report(kind, self.frame, body, index=index, started=self.group_started)
@@ -440,3 +454,9 @@ def main(
     except OSError:
         # The channel is gone: the task closed it, or this is a child that the task forked and that came back here.
         os._exit(1 if os.getpid() == pid else 0)
+    except BaseException:
+        # Whatever it is, the process ends with it, since a host that caught it would live on with the channel open.
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)

@@ -54,7 +54,7 @@ class SerialBackend(Backend):
         self._initialized = False
         self._broken: BaseException | None = None  # what the initializer raised
         self._ended = threading.Event()  # nothing is tried again
-        self._counts = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "retried"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "retried"), 0)
 
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
         """Run a call now."""
@@ -76,12 +76,18 @@ class SerialBackend(Backend):
 
     def _initialize(self) -> None:
         if not self._initialized and self.setup.initializer is not None:
+            run = LocalRun(None)
             try:
-                self.setup.initializer(*self.setup.initargs)
+                with self._limited(run, self.setup.start_timeout, None):
+                    self.setup.initializer(*self.setup.initargs)
             except BaseException as cause:
-                if isinstance(cause, KeyboardInterrupt):
+                if run.ctrl_c:
                     raise
                 self._broken = cause
+            if run.timed_out:
+                self._broken = TimeoutError(
+                    f"it did not finish within start_timeout={self.setup.start_timeout:g} seconds"
+                )
         self._initialized = True
 
     def _raise_if_broken(self) -> None:
@@ -114,6 +120,10 @@ class SerialBackend(Backend):
             pass
         finally:
             self._running.remove(run)
+        if run.ctrl_c:
+            task.settle(None, Ran(began, time.monotonic() - began, "serial", task.attempt))
+            self._counts["cancelled"] += 1
+            raise KeyboardInterrupt
         if run.interrupted:
             outcome = timed_out(task, run.stack) if run.timed_out else None
         ran = Ran(began, time.monotonic() - began, "serial", task.attempt)
@@ -153,12 +163,12 @@ class SerialBackend(Backend):
 
     def _stop_target(self, target: object) -> None:
         for run in list(self._running):
-            if run.task.owns(target):
+            if run.task is not None and run.task.owns(target):
                 run.interrupt(has_timed_out=False)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether this future's task runs."""
-        return any(run.task.owns(future) for run in list(self._running))
+        return any(run.task is not None and run.task.owns(future) for run in list(self._running))
 
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run callbacks at once."""
@@ -200,8 +210,9 @@ class LocalRun:
     In the main thread a signal wakes it from a blocking call; elsewhere only running Python code can be interrupted.
     """
 
-    def __init__(self, task: LocalTask) -> None:
+    def __init__(self, task: LocalTask | None) -> None:
         self.task = task
+        self.ctrl_c: bool = False  # Ctrl-C came, which means the caller and not the task
         self.interrupted: bool = False
         self.timed_out: bool = False
         self.stack: str | None = None
@@ -209,11 +220,13 @@ class LocalRun:
         self._in_main = threading.current_thread() is threading.main_thread()
         self._lock = threading.Lock()
         self._active = False
-        self._handler: Any = None
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         if self._in_main:
-            self._handler = signal.signal(signal.SIGUSR1, self._handle)
+            self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle_ctrl_c)
         self._active = True
 
     def __exit__(self, *_: object) -> None:
@@ -221,8 +234,8 @@ class LocalRun:
             self._active = False
             if self.interrupted and not self._in_main:
                 cancel_interrupt(self._thread)
-        if self._in_main:
-            signal.signal(signal.SIGUSR1, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def interrupt(self, *, has_timed_out: bool) -> None:
         """Ask the task to end."""
@@ -239,3 +252,7 @@ class LocalRun:
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self._active:
             raise TaskInterrupt
+
+    def _handle_ctrl_c(self, _number: int, _frame: FrameType | None) -> None:
+        self.ctrl_c = True
+        raise KeyboardInterrupt

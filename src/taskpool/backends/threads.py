@@ -60,7 +60,7 @@ class ThreadBackend(Backend):
         self._is_over = False  # nothing is tried again
         self._waiting: dict[LocalTask, None] = {}  # for their next attempt, in the order of their failures
         self._broken: BaseException | None = None
-        self._counts = dict.fromkeys(
+        self._counts: dict[str, int] = dict.fromkeys(
             ("finished", "failed", "timed_out", "cancelled", "started", "replaced", "retried"), 0
         )
 
@@ -99,6 +99,10 @@ class ThreadBackend(Backend):
 
     def _start_thread(self) -> None:
         thread = WorkerThread(self, f"{self.setup.name}-thread-{next(self._numbers)}")
+        seconds = self.setup.start_timeout
+        if self.setup.initializer is not None and seconds is not None:
+            late = TimeoutError(f"it did not finish within start_timeout={seconds:g} seconds")
+            self._alarms.set(thread, time.monotonic() + seconds, lambda: self.initializer_failed(thread, late))
         thread.start()
         self._threads.add(thread)
         self._counts["started"] += 1
@@ -184,6 +188,10 @@ class ThreadBackend(Backend):
         for task in waiting:
             self._alarms.clear(task)
             self._refuse(task, None)
+
+    def initialized(self, thread: WorkerThread) -> None:
+        """A thread is ready."""
+        self._alarms.clear(thread)
 
     def initializer_failed(self, thread: WorkerThread, error: BaseException) -> None:
         """A thread cannot be made ready: fail all that waits."""
@@ -328,6 +336,7 @@ class WorkerThread(threading.Thread):
             except BaseException as error:
                 self._backend.initializer_failed(self, error)
                 return
+            self._backend.initialized(self)
         while (task := self._backend.next_task(self)) is not None:
             self._run(task)
             del task
