@@ -23,32 +23,29 @@ T = TypeVar("T")
 
 
 class MapOptions(TypedDict, total=False):
-    """How a map is run.
-
-    Attributes:
-        timeout: Seconds from the call within which the last result must be there; then everything that the map started
-            is stopped. None is no limit.
-        chunksize: How many items a worker gets at a time. None measures how long items take and decides by that. Either
-            way each item has its own limit, its own retries and its own outcome.
-        buffersize: How many items may be read ahead of the results that were asked for. None is as many as keep the
-            workers busy; for `map` of inputs with a length, all.
-        progress: Whether to show progress on standard error, or the label under which to show it.
-    """
+    """How a map is run."""
 
     timeout: float | None
+    """Seconds from the call within which the last result must be there; None is no limit. When they have passed,
+    everything that the map started is stopped."""
+
     chunksize: int | None
+    """How many items a worker gets at a time. None measures how long items take and decides by that. Either way each
+    item has its own limit, its own retries and its own outcome."""
+
     buffersize: int | None
+    """How many items may be read ahead of the results that were asked for. None is as many as keep the workers busy; for
+    `map` of inputs with a length, all."""
+
     progress: bool | str
+    """Whether to show progress on standard error, or the label under which to show it."""
 
 
 class ZipOptions(MapOptions, total=False):
-    """How a map of several inputs is run, beyond `MapOptions`.
-
-    Attributes:
-        strict: Whether inputs of different lengths are an error, as in the built-in `zip`.
-    """
+    """How a map of several inputs is run, beyond `MapOptions`."""
 
     strict: bool
+    """Whether inputs of different lengths are an error, as in the built-in `zip`."""
 
 
 class Calls:
@@ -151,7 +148,14 @@ class Calls:
 
     @overload
     def outcomes(
-        self, fn: Callable[..., R], /, *iterables: Iterable[Any], ordered: bool = ..., **how: Unpack[ZipOptions]
+        self,
+        fn: Callable[..., R],
+        first: Iterable[Any],
+        second: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        ordered: bool = ...,
+        **how: Unpack[ZipOptions],
     ) -> Iterator[Outcome[Any, R]]: ...
 
     def outcomes(
@@ -183,7 +187,14 @@ class Calls:
 
     @overload
     def aoutcomes(
-        self, fn: Callable[..., R], /, *iterables: Iterable[Any], ordered: bool = ..., **how: Unpack[ZipOptions]
+        self,
+        fn: Callable[..., R],
+        first: Iterable[Any],
+        second: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        ordered: bool = ...,
+        **how: Unpack[ZipOptions],
     ) -> AsyncGenerator[Outcome[Any, R]]: ...
 
     def aoutcomes(

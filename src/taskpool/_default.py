@@ -46,21 +46,22 @@ def default_executor(max_workers: int | None = None, backend: str = "process") -
 
 
 class SharedOptions(ZipOptions, total=False):
-    """How a map on a shared executor is run, beyond `MapOptions`.
-
-    Attributes:
-        max_workers: How many workers; None is one for each CPU that this process may use.
-        backend: What runs them; see `Executor`.
-        task_timeout: The longest run of each item, in seconds; the item is stopped then.
-        retry: How often an item that fails is tried; see `Executor`.
-        name: The name of the items in errors and logs.
-    """
+    """How a map on a shared executor is run, beyond `MapOptions`."""
 
     max_workers: int | None
+    """How many workers; None is one for each CPU that this process may use."""
+
     backend: str
+    """What runs them; see `Executor`."""
+
     task_timeout: float | None
+    """The longest run of each item, in seconds; the item is stopped then."""
+
     retry: Retry | None
+    """How often an item that fails is tried; see `Executor`."""
+
     name: str | None
+    """The name of the items in errors and logs."""
 
 
 def _shared(how: SharedOptions) -> tuple[Calls, dict[str, Any]]:
@@ -121,7 +122,13 @@ def outcomes(
 
 @overload
 def outcomes(
-    fn: Callable[..., R], /, *iterables: Iterable[Any], ordered: bool = ..., **how: Unpack[SharedOptions]
+    fn: Callable[..., R],
+    first: Iterable[Any],
+    second: Iterable[Any],
+    /,
+    *more: Iterable[Any],
+    ordered: bool = ...,
+    **how: Unpack[SharedOptions],
 ) -> Iterator[Outcome[Any, R]]: ...
 
 

@@ -197,7 +197,7 @@ class Attempts:
     def __init__(self, policy: RetryPolicy, name: str) -> None:
         import tenacity
 
-        self.number = 1  # of the attempt that was made last, or is being made
+        self.number: int = 1  # of the attempt that was made last, or is being made
         self._name = name
         self._retrying = policy.retrying()
         self._state = tenacity.RetryCallState(self._retrying, None, (), {})

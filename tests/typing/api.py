@@ -7,6 +7,8 @@ import concurrent.futures
 from collections.abc import Iterator
 from typing import assert_type
 
+import tenacity
+
 import taskpool
 
 
@@ -21,6 +23,39 @@ def pair(text: str, number: int) -> tuple[str, int]:
 def whole_call() -> None:
     assert_type(taskpool.map(length, ["a", "bc"]), list[int])
     assert_type(taskpool.map(pair, ["a"], [1], timeout=5, task_timeout=1), list[tuple[str, int]])
+    assert_type(taskpool.starmap(pair, [("a", 1)], retry=3), list[tuple[str, int]])
+    assert_type(taskpool.imap(length, iter(["a"]), buffersize=3), Iterator[int])
+    assert_type(taskpool.imap_unordered(length, ["a"], progress="lengths"), Iterator[int])
+
+
+def outcomes(pool: taskpool.Executor) -> None:
+    for outcome in taskpool.outcomes(length, ["a"], ordered=True, max_workers=2, backend="thread"):
+        assert_type(outcome, taskpool.Outcome[str, int])
+        assert_type(outcome.item, str)
+        assert_type(outcome.value, int)
+        assert_type(outcome.error, BaseException | None)
+        assert_type(outcome.started, float | None)
+    for several in pool.outcomes(pair, ["a"], [1], strict=True, timeout=3):
+        assert_type(several.value, tuple[str, int])
+
+
+def retries(pool: taskpool.Executor) -> None:
+    policy = taskpool.retry(5, wait=tenacity.wait_exponential(), on=(OSError, taskpool.TaskTimeoutError))
+    assert_type(policy, taskpool.RetryPolicy)
+    taskpool.Executor(retry=policy)
+    taskpool.Executor(retry=3)
+    taskpool.Executor(retry=tenacity.stop_after_delay(30))
+    taskpool.Executor(retry=tenacity.Retrying(stop=tenacity.stop_after_attempt(2)))
+    assert_type(pool.options(retry=None).submit(length, "a"), taskpool.TaskFuture[int])
+
+
+def inside() -> None:
+    task = taskpool.current_task()
+    assert_type(task, taskpool.CurrentTask | None)
+    if task is not None:
+        assert_type(task.remaining(), float | None)
+        assert_type(task.cancelled, bool)
+        task.report(1, 2.5)
 
 
 def executor() -> None:
@@ -39,7 +74,8 @@ def executor() -> None:
             assert_type(done.result(), int)
 
         assert_type(pool.map(length, ["a"], timeout=3, chunksize=1, buffersize=8), Iterator[int])
-        assert_type(pool.map(pair, ["a", "b"], [3, 4]), Iterator[tuple[str, int]])
+        assert_type(pool.map(pair, ["a", "b"], [3, 4], strict=True), Iterator[tuple[str, int]])
+        assert_type(pool.starmap(pair, [("a", 1)]), Iterator[tuple[str, int]])
 
         patient = pool.options(task_timeout=60, name="resize", priority=1)
         assert_type(patient.submit(length, "a"), taskpool.TaskFuture[int])
@@ -52,6 +88,8 @@ def executor() -> None:
 def wrong(pool: taskpool.Executor) -> None:
     pool.submit(length, 1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     pool.submit(length, "a", other=1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    pool.map(length, ["a"], tiemout=1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    taskpool.outcomes(length, [1])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 async def in_asyncio(pool: taskpool.Executor) -> None:

@@ -322,7 +322,7 @@ class WorkerThread(threading.Thread):
         self.timed_out: bool = False  # ... because it passed its limit
         self.abandoned: bool = False
         self.stack: str | None = None
-        self.began = 0.0  # when the current task started (monotonic)
+        self.began: float = 0.0  # when the current task started (monotonic)
         self._leaving = False  # the current task has ended
         self._backend = backend
         self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task
