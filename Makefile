@@ -13,7 +13,7 @@ bin = $(VENVS)/$(1)/bin
 
 .DELETE_ON_ERROR:
 .PRECIOUS: $(VENVS)/%/ready
-.PHONY: demo test core lint format types docs docs-serve build bench lock clean
+.PHONY: demo test core lint format types docs docs-serve build bench bench-quick lock clean
 
 demo: $(VENVS)/demo/ready  ## run the main job: parse the standard library, whatever the tasks do
 	$(call bin,demo)/python examples/demo.py $(ARGS)
@@ -49,8 +49,11 @@ build: $(VENVS)/lint/ready  ## sdist and wheel, into dist/
 	rm -rf dist
 	$(call bin,lint)/python -m build --no-isolation
 
-bench: $(VENVS)/bench/ready  ## the speed table, beside the standard library
-	$(call bin,bench)/python benchmarks/first.py $(ARGS)
+bench: $(VENVS)/bench/ready  ## every workload on every library, into benchmarks/results/
+	$(call bin,bench)/python benchmarks/bench.py $(ARGS)
+
+bench-quick: $(VENVS)/bench/ready  ## the workloads that say most, on the main peers
+	$(call bin,bench)/python benchmarks/bench.py --quick --output .cache/bench $(ARGS)
 
 lock: $(VENVS)/lock/ready  ## newest versions into requirements/
 	for group in demo test lint docs bench lock; do \
