@@ -20,6 +20,7 @@ from taskpool._options import TaskOptions
 from taskpool._results import MapResults
 from taskpool.backends import make_backend
 from taskpool.backends.base import Backend, Setup, Stats
+from taskpool.events import Listener, Listeners
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -56,6 +57,7 @@ class Executor(Calls, _StandardExecutor):
         shutdown_timeout: The bound of `shutdown`, of leaving `with`, and of the interpreter's end, in seconds. None
             waits for accepted tasks as the standard library does, and 60 seconds at the interpreter's end.
         start_timeout: How long a worker may take until it is ready, in seconds, its initializer included.
+        listeners: Each is called with a record of what happens to tasks; see `taskpool.events`.
         name: The executor's name, in worker names, thread names and logs.
 
     Raises:
@@ -84,6 +86,7 @@ class Executor(Calls, _StandardExecutor):
         submit_timeout: float | None = None,
         shutdown_timeout: float | None = None,
         start_timeout: float | None = 60.0,
+        listeners: Iterable[Listener] = (),
         name: str | None = None,
     ) -> None:
         self._closed = False
@@ -107,6 +110,7 @@ class Executor(Calls, _StandardExecutor):
             start_timeout=check_limit(start_timeout, "start_timeout"),
             shutdown_timeout=self._shutdown_timeout,
             idle_timeout=self._idle_timeout,
+            listeners=_check_listeners(listeners),
         )
         self._backend = make_backend(backend, setup)
         _open_backends.add(self._backend)
@@ -257,6 +261,15 @@ def _check_preload(preload: object) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise TypeError(f"preload must be names of modules, not {name!r}")
     return names
+
+
+def _check_listeners(listeners: Any) -> Listeners:
+    if not isinstance(listeners, Iterable):
+        raise TypeError(f"listeners must be callables, such as listeners=[print], not {listeners!r}")
+    found = list(listeners)
+    for listener in found:
+        check_callable(listener, "a listener")
+    return Listeners(found)
 
 
 def _check_context(context: Any) -> Any:

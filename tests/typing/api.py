@@ -10,6 +10,7 @@ from typing import assert_type
 import tenacity
 
 import taskpool
+from taskpool import events
 
 
 def length(text: str, *, extra: int = 0) -> int:
@@ -47,6 +48,15 @@ def retries(pool: taskpool.Executor) -> None:
     taskpool.Executor(retry=tenacity.stop_after_delay(30))
     taskpool.Executor(retry=tenacity.Retrying(stop=tenacity.stop_after_attempt(2)))
     assert_type(pool.options(retry=None).submit(length, "a"), taskpool.TaskFuture[int])
+
+
+def listeners(heard: list[events.TaskEvent]) -> None:
+    taskpool.Executor(listeners=[heard.append])
+    for event in heard:
+        if isinstance(event, events.TaskEnded):
+            assert_type(event.how, events.How)
+        elif isinstance(event, events.TaskRetried):
+            assert_type(event.wait, float)
 
 
 def inside() -> None:

@@ -21,6 +21,7 @@ from taskpool._engine.units import Call, Source, Unit
 from taskpool._engine.verdicts import not_ready
 from taskpool._engine.wire import Pickled
 from taskpool.errors import WorkerCrashedError
+from taskpool.events import Listeners
 
 logger = logging.getLogger("taskpool")
 now = time.monotonic
@@ -41,6 +42,7 @@ class Settings:
     start_timeout: float | None = 60.0
     max_tasks: int | None = None
     idle_timeout: float | None = None
+    listeners: Listeners = attrs.field(factory=Listeners)
 
 
 @attrs.define

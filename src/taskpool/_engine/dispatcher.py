@@ -124,7 +124,8 @@ class Dispatcher:
 
     def _may_take(self) -> bool:
         # A worker that serves only so many tasks may end after this one, which is the dispatcher's work.
-        return self._phase == OPEN and self._settings.max_tasks is None
+        # Neither may it where listeners are to be told.
+        return self._phase == OPEN and self._settings.max_tasks is None and not self._settings.listeners
 
     def submit_pieces(self, pieces: list[Piece]) -> None:
         """Accept pieces of a map. Never blocks."""

@@ -66,11 +66,11 @@ class Feeder:
     def refuse(self, source: Source, failure: Failure | None) -> None:
         """Resolve it with a failure, or as cancelled."""
         if isinstance(source, Call):
-            self._left_queue(source.future)
             if failure is None:
                 self._counts.cancelled += source.future.finish_cancelled()
             else:
                 self._counts.failed += source.future.finish(failure)
+            self._left_queue(source.future)
         elif not source.job.cancelled:
             for start, end in source.todo:
                 for item in range(source.first + start, source.first + end):

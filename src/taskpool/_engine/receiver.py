@@ -17,6 +17,7 @@ from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame
 from taskpool._map import Settled
 from taskpool._task import RawOutcome
+from taskpool.events import How
 from taskpool.logs import LogListener
 
 RESULTS = frozenset({wire.VALUES, wire.EACH})
@@ -50,7 +51,7 @@ class Receiver:
         logs: LogListener,
     ) -> None:
         self.singling = 0  # ranges whose items are being pickled again, singly
-        self.retries: Retries = Retries(loop, feeder, callbacks, counts)
+        self.retries: Retries = Retries(loop, feeder, callbacks, counts, settings)
         self._loop = loop
         self._crew = crew
         self._feeder = feeder
@@ -131,7 +132,7 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in RESULTS
         policy = unit.options.retry
-        if policy is not None and policy.judges(ok=ok):
+        if self._settings.listeners or (policy is not None and policy.judges(ok=ok)):
             settled = settled_by(frame, worker.name, 1)
             self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)
@@ -189,12 +190,10 @@ class Receiver:
         """The task was stopped: it passed its limit, or was cancelled."""
         if worker.stop is not None and worker.stop.timed_out:
             self._fail_item(worker, unit, item, verdicts.timed_out(worker, unit, stack), TIMED_OUT)
-        elif not isinstance(unit, Range):
-            self._counts.cancelled += unit.future.finish_cancelled()
         else:
             self._fail_item(worker, unit, item, verdicts.cancelled(), CANCELLED)
 
-    def _fail_item(self, worker: WorkerHandle, unit: Unit, item: int, outcome: RawOutcome, kind: str) -> None:
+    def _fail_item(self, worker: WorkerHandle, unit: Unit, item: int, outcome: RawOutcome, kind: How) -> None:
         """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
         started = worker.channel.page.current()[2]
         attempts = unit.piece.attempt if isinstance(unit, Range) else 1

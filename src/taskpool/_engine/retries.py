@@ -8,17 +8,22 @@ the future is a queued one again, which `cancel()` resolves at once.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from taskpool._engine.callbacks import CallbackThread
-from taskpool._engine.crew import Counts
+from taskpool._engine.crew import Counts, Settings
 from taskpool._engine.feeder import Feeder
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Source, Unit
 from taskpool._map import Settled
+from taskpool.events import How, TaskEnded, TaskRetried
 
 # How an attempt ended, as `Counts` has it.
-FINISHED, FAILED, TIMED_OUT, CRASHED, CANCELLED = "finished", "failed", "timed_out", "crashed", "cancelled"
+FINISHED: Final = "finished"
+FAILED: Final = "failed"
+TIMED_OUT: Final = "timed_out"
+CRASHED: Final = "crashed"
+CANCELLED: Final = "cancelled"
 
 
 class Ended(NamedTuple):
@@ -26,7 +31,7 @@ class Ended(NamedTuple):
 
     unit: Unit
     settled: Settled
-    kind: str
+    kind: How
 
 
 class Decided(NamedTuple):
@@ -45,13 +50,17 @@ class Retries:
         feeder: Where the next attempt waits.
         callbacks: The thread for what may run user code.
         counts: Where it is noted how tasks ended.
+        settings: What does not change: who listens.
     """
 
-    def __init__(self, loop: Loop, feeder: Feeder, callbacks: CallbackThread, counts: Counts) -> None:
+    def __init__(
+        self, loop: Loop, feeder: Feeder, callbacks: CallbackThread, counts: Counts, settings: Settings
+    ) -> None:
         self._loop = loop
         self._feeder = feeder
         self._callbacks = callbacks
         self._counts = counts
+        self._settings = settings
         self._numbers = itertools.count()
         self._undecided: dict[int, Ended] = {}
         self._are_over = False
@@ -87,6 +96,7 @@ class Retries:
             self._settle(decided.ended)
         elif decided.again is not None:
             self._counts.retried += 1
+            self._tell_retried(decided.ended, decided.wait)
             self._feeder.delay(decided.again, decided.wait)
 
     def _settle(self, ended: Ended) -> None:
@@ -94,7 +104,40 @@ class Retries:
         if kind in (FINISHED, FAILED):  # the policy may have made one of the other
             kind = FINISHED if settled.outcome.ok else FAILED
         setattr(self._counts, kind, getattr(self._counts, kind) + settled.items)
-        ended.unit.settle(settled)
+        if kind == CANCELLED:
+            ended.unit.settle_cancelled(settled)
+        else:
+            ended.unit.settle(settled)
+        if self._settings.listeners:
+            self._callbacks.run(lambda: self._tell_ended(ended.unit, kind, settled))
+
+    def _tell_ended(self, unit: Unit, how: How, settled: Settled) -> None:
+        """Tell the listeners of each task. On the callback thread: errors are decoded here."""
+        for one in settled.singly():
+            self._settings.listeners.tell(
+                TaskEnded(
+                    executor=self._settings.name,
+                    task=unit.name,
+                    id=unit.id_of(one.item),
+                    attempt=one.attempts,
+                    how=how,
+                    error=None if one.outcome.ok else one.outcome.decode()[1],
+                    seconds=one.seconds,
+                    worker=one.worker,
+                )
+            )
+
+    def _tell_retried(self, ended: Ended, wait: float) -> None:
+        if self._settings.listeners:
+            event = TaskRetried(
+                executor=self._settings.name,
+                task=ended.unit.name,
+                id=ended.unit.id_of(ended.settled.item),
+                attempt=ended.settled.attempts,
+                error=ended.settled.outcome.decode()[1],
+                wait=wait,
+            )
+            self._callbacks.run(lambda: self._settings.listeners.tell(event))
 
     def end(self) -> None:
         """Settle everything as it stands: nothing is tried again from here on, and nobody waits for a decision."""

@@ -125,6 +125,10 @@ class Call:
         """Resolve with an outcome."""
         self.future.finish(settled.outcome)
 
+    def settle_cancelled(self, _settled: Settled) -> None:
+        """Resolve as cancelled."""
+        self.future.finish_cancelled()
+
     def report(self, _item: int, done: float, total: float) -> None:
         """Note how far the task says it is."""
         self.future.progress = done, total
@@ -144,6 +148,10 @@ class Call:
     def wrapped(self, outcome: RawOutcome) -> RawOutcome:
         """Return the outcome as it is settled."""
         return outcome
+
+    def id_of(self, _index: int) -> str:
+        """Return what tells the task apart."""
+        return self.future.task_id
 
     def attempts_of(self, _index: int) -> Attempts:
         """Return what is known of its attempts."""
@@ -298,6 +306,10 @@ class Range:
         """Give items their outcome."""
         self.job.settle(settled._replace(item=self.piece.first + settled.item))
 
+    def settle_cancelled(self, settled: Settled) -> None:
+        """Give an item its outcome; nobody will ask for it if it was the map that was cancelled."""
+        self.settle(settled)
+
     def report(self, item: int, done: float, total: float) -> None:
         """Note how far an item says it is."""
         self.job.report(self.piece.first + item, done, total)
@@ -328,6 +340,10 @@ class Range:
         """Return an item's outcome as it is settled."""
         value, error = outcome.decode()
         return Value([value]) if error is None else Failure(error)
+
+    def id_of(self, index: int) -> str:
+        """Return what tells an item apart."""
+        return f"{self.job.id}:{self.piece.first + index}"
 
     def attempts_of(self, index: int) -> Attempts:
         """Return what is known of an item's attempts."""

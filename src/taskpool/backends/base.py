@@ -10,6 +10,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 import attrs
@@ -18,6 +19,7 @@ from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
+from taskpool.events import Listeners, TaskEnded
 
 
 @attrs.frozen
@@ -92,6 +94,7 @@ class Setup:
     start_timeout: float | None = 60.0
     shutdown_timeout: float | None = None
     idle_timeout: float | None = None
+    listeners: Listeners = attrs.field(factory=Listeners)
 
 
 class Slots:
@@ -199,6 +202,26 @@ class Backend(MapBackend):
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer."""
         self._slots.free(future)
+        if self.setup.listeners and future.done():  # it was cancelled or refused
+            self.run_callbacks(lambda: self._tell_ended_unrun(future))
+
+    def _tell_ended_unrun(self, future: TaskFuture[Any]) -> None:
+        cancelled = future.cancelled()
+        event = TaskEnded(
+            executor=self.setup.name,
+            task=future.task_name,
+            id=future.task_id,
+            attempt=0,
+            how="cancelled" if cancelled else "failed",
+            error=CancelledError() if cancelled else future.exception(0),
+            seconds=0.0,
+            worker=None,
+        )
+        self.setup.listeners.tell(event)
+
+    @abstractmethod
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run what may be user code on a thread where it may block."""
 
     @abstractmethod
     def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:

@@ -19,7 +19,9 @@ from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
 from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
+from taskpool.backends.base import Setup
 from taskpool.errors import RemoteError, TaskTimeoutError
+from taskpool.events import How, TaskEnded, TaskRetried
 
 
 class TaskInterrupt(BaseException):
@@ -73,6 +75,31 @@ class LocalTask:
     def attempt(self) -> int:
         """Which attempt is being made, from 1."""
         return 1 if self.attempts is None else self.attempts.number
+
+    def tell_retried(self, setup: Setup, error: BaseException | None, wait: float) -> None:
+        """Tell the listeners that another attempt follows."""
+        if setup.listeners:
+            attempt = self.attempt - 1  # the next one's number has been noted
+            setup.listeners.tell(
+                TaskRetried(executor=setup.name, task=self.name, id=self.id, attempt=attempt, error=error, wait=wait)
+            )
+
+    def tell_ended(self, setup: Setup, how: How, outcome: RawOutcome | None, ran: Ran) -> None:
+        """Tell the listeners that it has ended for good."""
+        if setup.listeners:
+            error = CancelledError() if outcome is None else outcome.decode()[1]
+            setup.listeners.tell(
+                TaskEnded(
+                    executor=setup.name,
+                    task=self.name,
+                    id=self.id,
+                    attempt=ran.attempts,
+                    how=how,
+                    error=error,
+                    seconds=ran.seconds,
+                    worker=ran.worker or None,
+                )
+            )
 
     def judge(self, outcome: RawOutcome, seconds: float) -> tuple[float | None, RawOutcome]:
         """Return (seconds until its next attempt, or None if there is none, and what stands then)."""
@@ -217,7 +244,7 @@ def run_task(task: LocalTask) -> RawOutcome:
         return Failure(made)
 
 
-def kind_of(outcome: RawOutcome | None, *, timed_out: bool) -> str:
+def kind_of(outcome: RawOutcome | None, *, timed_out: bool) -> How:
     """Return under what an end counts in the statistics."""
     if outcome is None:
         return "cancelled"

@@ -134,9 +134,12 @@ class SerialBackend(Backend):
             wait, outcome = task.judge(outcome, ran.seconds)
             if wait is not None:
                 self._counts["retried"] += 1
+                task.tell_retried(self.setup, outcome.decode()[1], wait)
                 return wait
         if task.settle(outcome, ran):
-            self._counts[kind_of(outcome, timed_out=timed_out)] += 1
+            how = kind_of(outcome, timed_out=timed_out)
+            self._counts[how] += 1
+            task.tell_ended(self.setup, how, outcome, ran)
         return None
 
     @contextlib.contextmanager

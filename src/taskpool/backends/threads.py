@@ -157,10 +157,13 @@ class ThreadBackend(Backend):
         if outcome is not None and not self._is_over:
             wait, outcome = task.judge(outcome, ran.seconds)
             if wait is not None:
+                task.tell_retried(self.setup, outcome.decode()[1], wait)
                 self._try_again(task, wait)
                 return
         if task.settle(outcome, ran):
-            self._counts[kind_of(outcome, timed_out=timed_out)] += 1
+            how = kind_of(outcome, timed_out=timed_out)
+            self._counts[how] += 1
+            task.tell_ended(self.setup, how, outcome, ran)
 
     def _try_again(self, task: LocalTask, wait: float) -> None:
         """Have its next attempt queued after so many seconds, unless it is cancelled."""
@@ -280,10 +283,10 @@ class ThreadBackend(Backend):
                 self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
 
     def _refuse(self, task: LocalTask, outcome: RawOutcome | None) -> None:
-        if isinstance(task, LocalCall):
-            self.left_queue(task.future)
         if task.settle(outcome, Ran(0.0, 0.0, "", task.attempt - 1)):
             self._counts["cancelled" if outcome is None else "failed"] += 1
+        if isinstance(task, LocalCall):
+            self.left_queue(task.future)
 
     def join(self, timeout: float | None) -> bool:
         """Wait until every thread that was not abandoned has ended."""

@@ -46,6 +46,7 @@ class WorkersBackend(Backend):
             start_timeout=setup.start_timeout,
             max_tasks=setup.max_tasks_per_child,
             idle_timeout=setup.idle_timeout,
+            listeners=setup.listeners,
         )
         self._dispatcher = Dispatcher(host, settings, self.left_queue)
 
