@@ -274,6 +274,39 @@ def test_a_process_of_multiprocessing(backend: Backend, tmp_path: Path) -> None:
     assert ended.code == 0, ended
 
 
+THREAD_OF_A_CHILD = (
+    CHILD
+    + """
+def fork_in_a_thread():
+    def run():
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0)
+        os.waitpid(grandchild, 0)
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=run, daemon=True).start()
+    return done.wait(2)
+
+pool = executor(1)
+pool.submit(abs, -1).result()
+child(fork_in_a_thread)
+print(pool.submit(fork_in_a_thread).result(20))
+pool.shutdown()
+"""
+)
+
+
+@pytest.mark.core
+@on_hosts
+def test_a_thread_of_a_child_forks(backend: Backend, tmp_path: Path) -> None:
+    """Each forked child, a worker too, has a lock of its own around its forks, which all of its threads can take."""
+    ended = run_main(THREAD_OF_A_CHILD, backend, tmp_path)
+    assert ended.out.splitlines() == ["True at once", "True"], ended
+    assert ended.code == 0, ended
+
+
 IN_A_TASK = """
 def fork_in_task():
     child = os.fork()

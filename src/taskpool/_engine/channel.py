@@ -76,12 +76,13 @@ class Page:
         self._map.close()
 
 
-def _page_file() -> int:
+def _page_file(opened: list[int]) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("taskpool", os.MFD_CLOEXEC)
     else:
         fd, path = tempfile.mkstemp(prefix="taskpool-")
         os.unlink(path)
+    opened.append(fd)
     os.ftruncate(fd, PAGE_SIZE)
     os.lseek(fd, STACK_AT, os.SEEK_SET)  # faulthandler writes at the file's position
     return fd
@@ -99,8 +100,16 @@ class _ParentEnds:
         self.fds: set[int] = set()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
-                before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self._close_in_child
+                before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._close_in_child
             )
+
+    # Not the lock's own methods: a child has a lock of its own, and the old one stays locked there for ever.
+
+    def _before_fork(self) -> None:
+        self.lock.acquire()
+
+    def _after_fork(self) -> None:
+        self.lock.release()
 
     def _close_in_child(self) -> None:
         for fd in self.fds:
@@ -177,9 +186,10 @@ class Channel:
             task_r, self.tasks = _packet_pipe(opened)
             self.results, result_w = _pipe(opened)
             self.life_r, self.life = _pipe(opened)
-            page = _page_file()
-            opened.append(page)
+            page = _page_file(opened)
             self.page = Page(page)
+            self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
+            opened.append(self.worker_end.life)
             self.unread = _reopen(task_r)
         except OSError:
             for fd in opened:
@@ -187,7 +197,6 @@ class Channel:
             raise
         os.set_blocking(self.tasks, False)
         os.set_blocking(self.results, False)
-        self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
         keep_from_children({self.tasks, self.results, self.life, self.life_r, *self.worker_end.fds})
         if self.unread is not None:
             keep_from_children({self.unread})
@@ -204,7 +213,7 @@ class Channel:
         """Write a frame of at most PACKET bytes: all of it, or nothing and False. Never blocks."""
         try:
             return os.write(self.tasks, packet) == len(packet)
-        except BlockingIOError:
+        except OSError:  # it is full, or nobody reads it any more
             return False
 
     def send_packets(self, packets: list[bytes]) -> int:

@@ -1,0 +1,39 @@
+"""The channel between the parent and a worker, by itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NoReturn
+
+import pytest
+
+from taskpool._engine import channel as channels
+from taskpool._engine.channel import Channel
+
+
+@pytest.mark.parametrize("function", ["dup", "ftruncate"])
+def test_a_channel_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Whichever step fails, for want of descriptors say, what was made before it is closed again."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    noted = set(channels._parent_ends.fds)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refuse)
+        if function == "open":  # the second reading end is something that a channel can do without
+            Channel().close()
+        else:
+            with pytest.raises(OSError, match="too many"):
+                Channel()
+    assert channels._parent_ends.fds == noted
+
+
+def test_a_task_for_a_worker_that_has_died_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no second reading end nobody reads the pipe any more: nothing was sent, and nothing is raised."""
+    monkeypatch.setattr(channels, "_reopen", lambda _: None)
+    channel = Channel()
+    channel.worker_end.close()
+    assert not channel.send_packet(b"a task")
+    channel.close()
