@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
+import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tests import tasks
@@ -80,6 +86,70 @@ def say_in_fork() -> str:
     os.waitpid(child, 0)
     log.warning("parent")
     return "done"
+
+
+def say_in_handlers(seconds: float) -> tuple[int, int]:
+    """Log for so long, and in a signal handler that interrupts that; return how many records came from each."""
+    ticks = itertools.count()
+
+    def tick(*_: object) -> None:
+        log.info("tick %d", next(ticks))
+
+    signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-3)
+    end, count = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        log.info("work %d", count)
+        count += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return count, next(ticks)
+
+
+def say_in_forks(forks: int) -> list[int]:
+    """Log in a thread without a pause, meanwhile fork and log in each child; return how the children ended."""
+    enough = threading.Event()
+
+    def talk() -> None:
+        while not enough.is_set():
+            log.debug("%s", "x" * 10_000)
+
+    log.setLevel(logging.DEBUG)
+    talker = threading.Thread(target=talk)
+    talker.start()
+    codes = [_say_in_child() for _ in range(forks)]
+    enough.set()
+    talker.join()
+    return codes
+
+
+def _say_in_child() -> int:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(3)
+        log.warning("from a child")
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+class Alarm(BaseException):
+    """Raised by a signal handler."""
+
+
+def say_until_interrupted(path: Path) -> str:
+    """Log large records until an alarm has interrupted the writing of one, as a timeout does."""
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.endswith("channel.py"):
+            raise Alarm
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
+
+    tasks.note(path, os.getpid())
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.002)
+    with contextlib.suppress(Alarm):
+        while True:
+            log.warning("x" * 8_000_000)
+    return "interrupted"
 
 
 def warn() -> None:

@@ -252,6 +252,16 @@ def test_a_death_with_half_a_result_written(pool: Pool) -> None:
 
 
 @on_hosts
+def test_a_result_that_is_lost_costs_its_task_alone(pool: Pool, tmp_path: Path) -> None:
+    """A worker that waits for work and has not written an outcome has run its task: that fails, and is not run again."""
+    executor = pool(1)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    _assert_crashed(outcome(executor.submit(tasks.lose_the_outcome, tmp_path / "notes")))
+    assert len(lines(tmp_path / "notes")) == 1
+    assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+
+
+@on_hosts
 def test_deaths_somewhere_in_the_writing_of_8_megabytes(pool: Pool) -> None:
     """Either the whole result arrives or none of it."""
     executor = pool(2)

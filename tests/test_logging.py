@@ -239,6 +239,37 @@ def blocking_handler(release: Path) -> Iterator[None]:
         logging.getLogger("tests.talk").removeHandler(handler)
 
 
+@pytest.mark.core
+@on_hosts
+def test_signal_handlers_log(pool: Make, collector: Collector) -> None:
+    """One that interrupts the writing of a record neither waits for itself nor cuts that record."""
+    worked, ticked = bounded(lambda: pool(1).submit(talk.say_in_handlers, 0.5).result())
+    assert ticked > 10
+    wait_until(lambda: len(collector.records) >= worked + ticked, 5)
+    work = [text for text in collector.texts if text.startswith("work")]
+    assert work == [f"work {number}" for number in range(worked)]
+    assert sorted(set(collector.texts) - set(work)) == sorted(f"tick {number}" for number in range(ticked))
+
+
+@on_one_host
+def test_a_record_that_is_cut_costs_its_task_alone(pool: Make, tmp_path: Path) -> None:
+    """A timeout by alarm leaves half a record: the task fails, and does not run again; the pool goes on."""
+    executor = pool(1)
+    errors = [outcome(executor.submit(talk.say_until_interrupted, tmp_path / "notes")) for _ in range(5)]
+    crashes = [error for error in errors if isinstance(error, taskpool.WorkerCrashedError)]
+    assert crashes, "no record was cut: nothing was tested"
+    assert len(crashes) + errors.count("interrupted") == 5
+    assert len(lines(tmp_path / "notes")) == 5
+    assert executor.submit(tasks.identity, 1).result(20) == 1
+
+
+@on_one_host
+def test_forks_while_a_thread_logs(pool: Make, collector: Collector) -> None:
+    """A child can log, to nobody, whatever the thread was doing that it does not have."""
+    assert bounded(lambda: pool(1).submit(talk.say_in_forks, 50).result()) == [0] * 50
+    assert "from a child" not in collector.texts
+
+
 @on_one_host
 def test_a_fork_in_a_task_does_not_disturb(pool: Make, collector: Collector) -> None:
     """A child that a task forks does not speak for the worker, and cannot garble what it says."""

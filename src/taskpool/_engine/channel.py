@@ -37,6 +37,7 @@ ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
 
+MOST_PIECES = 64  # written by one system call
 READ = 64 * 1024  # bytes that are read at once between large frames
 
 _FILLING = memoryview(bytes(PACKET))
@@ -246,13 +247,10 @@ class Channel:
         """
         while self._sending:
             try:
-                sent = os.writev(self.tasks, self._sending[:64])
+                sent = os.writev(self.tasks, self._sending[:MOST_PIECES])
             except BlockingIOError:
                 return False
-            while self._sending and sent >= len(self._sending[0]):
-                sent -= len(self._sending.pop(0))
-            if sent:
-                self._sending[0] = self._sending[0][sent:]
+            _drop_sent(self._sending, sent)
         self._set_packets(on=True)
         return True
 
@@ -399,7 +397,9 @@ class WorkerChannel:
     def __init__(self, end: WorkerEnd) -> None:
         self._tasks, self._results, self.life, self.page_fd = end.fds
         self.page = Page(self.page_fd)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._waiting: deque[list[Bytes]] = deque()  # frames
+        self._is_writing = False  # seen by the thread that has the lock
 
     def receive(self) -> Frame | None:
         """Return the next frame; None at the end of the channel.
@@ -432,15 +432,45 @@ class WorkerChannel:
         return True
 
     def send(self, head: bytes, body: Pickled | None = None) -> None:
-        """Write one frame, whole: threads of a task that log take turns with the outcome."""
+        """Write one frame, whole: threads of a task that log take turns with the outcome.
+
+        A signal handler or a finalizer may call this while its very thread is in the middle of a frame. Then its frame
+        waits, and is written right behind by the call that was interrupted.
+        """
         with self._lock:
-            if body is None:
-                _write_all(self._results, head)
-            elif not body.buffers and len(body.stream) < PACKET:
-                _write_all(self._results, head + body.stream)
-            else:
-                for part in (head, body.stream, *body.buffers):
-                    _write_all(self._results, part)
+            self._waiting.append([head] if body is None else [head, body.stream, *body.buffers])
+            # Looked at again once nothing is being written: what interrupted the very end of that has only waited.
+            while self._waiting and not self._is_writing:
+                self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            self._is_writing = True
+            while self._waiting:
+                self._write(self._waiting.popleft())
+        finally:
+            self._is_writing = False
+
+    def _write(self, parts: list[Bytes]) -> None:
+        """Write a frame, or end the process: behind half a frame nothing that it writes would mean anything.
+
+        A signal handler may raise here, at any moment. How much was written is noted in the same call of C code, so
+        that no handler can come between.
+        """
+        size = sum(map(len, parts))
+        if size <= PACKET:
+            os.write(self._results, b"".join(parts))  # the system takes it whole or not at all
+            return
+        written: list[int] = []
+        rest = [memoryview(part).cast("B") for part in parts if len(part)]
+        try:
+            while rest:
+                written.extend(map(os.writev, (self._results,), (rest[:MOST_PIECES],)))
+                _drop_sent(rest, written[-1])
+        except BaseException:
+            if 0 < sum(written) < size:
+                os._exit(1)
+            raise
 
     def close(self) -> None:
         """Close the worker's descriptors: in a child that a task forked, which must not speak for the worker."""
@@ -448,12 +478,17 @@ class WorkerChannel:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._tasks = self._results = -1  # the numbers may soon mean other files
+        self._lock = threading.RLock()  # another thread, which is not here, may have been writing
+        self._waiting.clear()
+        self._is_writing = False
 
 
-def _write_all(fd: int, data: Bytes) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(fd, view) :]
+def _drop_sent(pieces: list[memoryview], sent: int) -> None:
+    """Take the first `sent` bytes off `pieces`."""
+    while pieces and sent >= len(pieces[0]):
+        sent -= len(pieces.pop(0))
+    if sent:
+        pieces[0] = pieces[0][sent:]
 
 
 __all__ = ["BadFrameError", "Channel", "Page", "WorkerChannel", "WorkerEnd"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import attrs
 
 from taskpool._engine import wire
-from taskpool._engine.channel import BETWEEN, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
+from taskpool._engine.channel import BETWEEN, IDLE, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
 from taskpool._engine.stop import ProcessHandle
 from taskpool._engine.units import Range, Unit
 
@@ -159,12 +159,12 @@ class WorkerHandle:
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds
 
     def running(self) -> Running | None:
-        """Return what it runs, or None: before a start, and behind an end."""
+        """Return what it runs, or None: before a start, and behind an end, which is when it has written the outcome."""
         if not self.inflight:
             return None
         unit, item, started, phase = self.channel.page.current()
         head = self.inflight[0]
-        has_begun = unit == head.id and (item == BETWEEN or head.begun(item))
+        has_begun = unit == head.id and phase != IDLE and (item == BETWEEN or head.begun(item))
         return Running(head, item, started, phase) if has_begun else None
 
     def write_interrupt(self, stop: Stop) -> None:

@@ -157,7 +157,10 @@ class Worker:
         forward_from_worker(self.send_log, self.name, levels)
 
     def send_log(self, record: dict[str, Any]) -> None:
-        """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process."""
+        """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process.
+
+        In a handler that interrupted the writing of another record: when that returns.
+        """
         body = wire.dumps(record)
         self._send_beside(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
 
@@ -235,8 +238,7 @@ class Worker:
 
     def _end(self) -> None:
         self._frame = None
-        self._words[UNIT] = 0
-        self._words[PHASE] = IDLE
+        self._words[PHASE] = IDLE  # the unit stays: should its outcome be lost, it is known to have begun
         stop.clear_timers()
 
     def _interrupted(self) -> tuple[int, Pickled]:
