@@ -17,8 +17,8 @@ from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, Work
 from taskpool._engine.hosts import PENDING, Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
-from taskpool._engine.verdicts import not_ready
 from taskpool._engine.wire import Pickled
 from taskpool.errors import WorkerCrashedError
 from taskpool.events import Listeners
@@ -28,7 +28,6 @@ now = time.monotonic
 
 END_TIME = 1.0  # seconds in which a worker answers the sentinel, or is gone after SIGKILL
 LOST_TIME = 0.1  # ... in which one without a channel may still end by itself
-FAILED_STARTS = 3  # this many in a row, and no worker can be made ready
 
 
 @attrs.frozen
@@ -93,8 +92,7 @@ class Crew:
         self._settings = settings
         self._counts = counts
         self._numbers = 0
-        self._failed_starts = 0
-        self._was_ready = False
+        self._starts = Starts(loop, hub.give_up, has_initializer=settings.has_initializer)
         host.attach(self)
 
     # Begin
@@ -107,14 +105,19 @@ class Crew:
             wanted += 1 if isinstance(source, Call) else source.left()
             if wanted >= room:
                 break
-        for _ in range(min(room, wanted)):
-            self._start()
+        self._start(min(room, wanted))
 
     def _room(self) -> int:
         """How many more workers there may be."""
         return self._settings.max_workers - sum(w.state in (STARTING, SERVING, ENDING) for w in self.workers)
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
+        """Start so many workers, or as many as can be at this moment."""
+        if count > 0 and self._starts.may_begin():
+            while count and self._start_one():
+                count -= 1
+
+    def _start_one(self) -> bool:
         self._numbers += 1
         worker = None
         try:
@@ -124,11 +127,12 @@ class Crew:
             if worker is not None:
                 worker.channel.close()
             self._start_failed(error)
-            return
+            return False
         self.workers.add(worker)
         self._counts.started += 1
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
         self._loop.wake_by(self.start_due(worker))
+        return True
 
     def start_due(self, worker: WorkerHandle) -> float:
         """When a starting worker must be ready, or at least have said who it is."""
@@ -149,8 +153,8 @@ class Crew:
 
     def ready(self, worker: WorkerHandle) -> None:
         """A worker can take tasks."""
-        self._failed_starts = 0
-        self._was_ready = worker.explained = True
+        self._starts.succeeded()
+        worker.explained = True
         if worker.state == STARTING:
             worker.state = SERVING
             self.make_idle(worker)
@@ -165,15 +169,14 @@ class Crew:
 
     def start_failed(self, worker: WorkerHandle, error: Exception) -> None:
         """A host could not start this worker's process."""
-        self._start_failed(error)
         self.bury(worker)
+        self._start_failed(error)
 
     def start_died(self, worker: WorkerHandle, processes: int) -> None:
         """A host saw so many processes end that could have become this worker."""
         if worker.process is None and worker.state == STARTING:
             worker.explained = True
-            self._failed_starts += processes - 1
-            self._died_before_ready(worker)
+            self._died_before_ready(worker, processes)
             self.bury(worker)
 
     def start_lost(self, worker: WorkerHandle) -> None:
@@ -193,20 +196,13 @@ class Crew:
             self._host.start_unanswered(worker)
             self.bury(worker)  # should its process come after all, it finds the channel closed, and ends
 
-    def _died_before_ready(self, worker: WorkerHandle) -> None:
+    def _died_before_ready(self, worker: WorkerHandle, processes: int = 1) -> None:
         text = f"a worker ended before it was ready{self._host.hint(worker)}"
-        self._start_failed(WorkerCrashedError(text, pid=worker.pid))
+        self._start_failed(WorkerCrashedError(text, pid=worker.pid), processes)
 
-    def _start_failed(self, reason: BaseException | EncodedError) -> None:
-        """Count a start that failed; the first one, or three in a row, and all that waits fails with the reason.
-
-        A worker that simply died may have been killed from outside, so that alone is never enough the first time.
-        """
-        self._failed_starts += 1
-        died = isinstance(reason, WorkerCrashedError)
-        if self._failed_starts >= FAILED_STARTS or not (self._was_ready or died):
-            has_initializer = self._settings.has_initializer
-            self._hub.give_up(lambda: not_ready(reason, has_initializer=has_initializer))
+    def _start_failed(self, reason: BaseException | EncodedError, count: int = 1) -> None:
+        are_others = any(worker.state in (STARTING, SERVING) for worker in self.workers)
+        self._starts.failed(reason, count=count, are_others=are_others)
 
     # Wait for work
 
@@ -249,8 +245,7 @@ class Crew:
         """See that so many new workers come: where there is no room, workers that wait make room by ending."""
         wanted -= sum(worker.state in (STARTING, ENDING) for worker in self.workers)
         room = self._room()
-        for _ in range(min(wanted, room)):
-            self._start()
+        self._start(min(wanted, room))
         for _ in range(min(wanted - room, len(self.idle))):
             worker = self.take_idle()
             if worker is not None:
