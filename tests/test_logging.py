@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,18 @@ import structlog
 
 import taskpool
 from tests import talk, tasks
-from tests.helpers import Backend, bounded, lines, on_every_host, on_hosts, on_one_host, outcome, wait_until
+from tests.helpers import (
+    PATIENCE,
+    Backend,
+    at_most,
+    bounded,
+    lines,
+    on_every_host,
+    on_hosts,
+    on_one_host,
+    outcome,
+    wait_until,
+)
 from tests.scripts import run_main
 
 Make = Callable[..., taskpool.Executor]
@@ -403,3 +417,98 @@ def test_structlog_preloaded(pool: Make, events: list[dict[str, Any]]) -> None:
     assert outcome(executor.submit(talk.say_structured, "hello"))
     bounded(executor.shutdown)
     assert [event["event"] for event in events] == ["hello"]
+
+
+# ---------------------------------------------------------------------------------------------- handlers in the parent
+
+
+class Hostile(logging.Handler):
+    """Blocks until it is released, or raises where logging does not catch it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.called, self.gate = threading.Event(), threading.Event()
+        self.addFilter(self.judge)
+
+    def judge(self, _: logging.LogRecord) -> bool:
+        """Be the filter."""
+        raises = self.way == "raises"
+        self.called.set()
+        if raises:
+            raise RuntimeError("from a filter")
+        return self.gate.wait(PATIENCE)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Drop it."""
+
+
+@pytest.fixture
+def hostile(request: pytest.FixtureRequest) -> Iterator[Hostile]:
+    """A handler of the root logger that does harm."""
+    handler = Hostile(request.param)
+    logging.getLogger().addHandler(handler)
+    yield handler
+    handler.gate.set()
+    logging.getLogger().removeHandler(handler)
+
+
+@on_one_host
+@pytest.mark.parametrize("hostile", ["blocks", "raises"], indirect=True)
+def test_a_handler_harms_no_task_through_the_engines_own_records(
+    pool: Make, hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine itself has to say takes the same way as what workers say, past the thread that serves all."""
+    for module in ("handle", "deadlines", "feeder", "direct"):
+        monkeypatch.setattr(f"taskpool._engine.{module}.PICK_UP", 0.2)
+    executor = pool(1)
+    os.kill(executor.submit(tasks.pid).result(PATIENCE), signal.SIGSTOP)
+    assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+    assert hostile.called.wait(PATIENCE), "nothing was logged about the worker that was stopped"
+    assert executor.submit(tasks.identity, 2).result(PATIENCE) == 2
+
+
+@on_one_host
+@pytest.mark.parametrize("hostile", ["raises"], indirect=True)
+def test_a_filter_that_raises_costs_no_later_record(pool: Make, hostile: Hostile, collector: Collector) -> None:
+    """Its thread goes on."""
+    executor = pool(1)
+    executor.submit(talk.say, "first").result(PATIENCE)
+    assert hostile.called.wait(PATIENCE)
+    hostile.way = "passes"
+    hostile.gate.set()
+    executor.submit(talk.say, "second").result(PATIENCE)
+    wait_until(lambda: "second" in collector.texts)
+
+
+@on_one_host
+@pytest.mark.parametrize("hostile", ["raises"], indirect=True)
+@pytest.mark.usefixtures("hostile", "collector")
+def test_a_filter_that_raises_costs_no_retry(pool: Make) -> None:
+    """A decision that cannot be logged leaves the task its own error."""
+    error = outcome(pool(1, retry=2).submit(tasks.fail, ValueError, "odd"))
+    assert type(error) is ValueError, error
+
+
+@on_one_host
+@pytest.mark.parametrize("thread", ["callbacks", "logs"])
+def test_no_further_thread_can_be_started(
+    pool: Make, collector: Collector, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    """Callbacks run, and records are handled, on a thread that there is; the executor ends as ever."""
+    executor, called, start = pool(1), threading.Event(), threading.Thread.start
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name.endswith(f"-{thread}"):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    future = executor.submit(talk.say_many_then, "number", 3, tasks.pid_after, 0.2)
+    future.add_done_callback(lambda _: called.set())
+    assert future.result(PATIENCE)
+    assert called.wait(PATIENCE)
+    wait_until(lambda: "number 2" in collector.texts)
+    with at_most(5):
+        bounded(executor.shutdown)

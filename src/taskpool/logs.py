@@ -1,8 +1,8 @@
 """Worker logs: what workers log comes out of the parent's own handlers, and survives the worker.
 
 In the worker a handler at the root writes each record to the worker's channel at once; nothing is buffered there. In
-the parent the records go through one queue to one listener thread, which hands each to the logger of the same name,
-as if it had been logged here; it ends by sentinel after the last worker.
+the parent one thread hands each to the logger of the same name, as if it had been logged here; a handler that raises or
+blocks harms neither the dispatcher nor other records.
 
 The only file that knows structlog. What a task logs through structlog takes the same way, and runs through the
 parent's structlog configuration.
@@ -11,9 +11,7 @@ parent's structlog configuration.
 from __future__ import annotations
 
 import logging
-import queue
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -168,41 +166,8 @@ def current_levels() -> dict[str, int]:
     return levels
 
 
-class LogListener:
-    """The logging queue's end: one thread that hands the workers' records to the parent's loggers, until the sentinel.
-
-    A handler that raises or blocks harms neither the dispatcher nor other records.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._queue: queue.SimpleQueue[tuple[Callable[[], Record], str] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def put(self, load: Callable[[], Record], task: str) -> None:
-        """Queue one record of the task named `task`, to be loaded by the thread, which starts with the first."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._listen, name=f"{self._name}-logs", daemon=True)
-            self._thread.start()
-        self._queue.put((load, task))
-
-    def close(self, timeout: float | None) -> bool:
-        """Send the sentinel and wait at most `timeout` seconds until everything before it is handled."""
-        if self._thread is None or self._thread is threading.current_thread():
-            return True
-        self._queue.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _listen(self) -> None:
-        for load, task in iter(self._queue.get, None):
-            try:
-                _handle(load(), task)
-            except BaseException:  # a handler may raise anything; the next record is somebody else's
-                logging.getLogger("taskpool").exception("a worker's log record could not be handled")
-
-
-def _handle(fields: Record, task: str) -> None:
+def handle(fields: Record, task: str) -> None:
+    """Hand a worker's record, of the task named `task`, to the logger of the same name."""
     if STRUCTLOG in fields:
         _handle_structlog(fields, task)
         return

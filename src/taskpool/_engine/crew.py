@@ -23,7 +23,6 @@ from taskpool._engine.wire import Pickled
 from taskpool.errors import WorkerCrashedError
 from taskpool.events import Listeners
 
-logger = logging.getLogger("taskpool")
 now = time.monotonic
 
 END_TIME = 1.0  # seconds in which a worker answers the sentinel, or is gone after SIGKILL
@@ -78,6 +77,9 @@ class Hub(Protocol):
 
     def give_up(self, error: Callable[[], BaseException]) -> None:
         """Fail all that waits and all that comes."""
+
+    def log(self, level: int, text: str, *args: object) -> None:
+        """Log where handlers may block."""
 
 
 class Crew:
@@ -317,7 +319,8 @@ class Crew:
                 worker.reason = "it closed its channel to the parent, and was ended for that"
             self.kill(worker)
         else:
-            logger.error("process %s does not end after SIGKILL; its slot is used by another", worker.pid)
+            text = "process %s does not end after SIGKILL; its slot is used by another"
+            self._hub.log(logging.ERROR, text, worker.pid)
             self.bury(worker)
 
     def channel_ended(self, worker: WorkerHandle) -> None:

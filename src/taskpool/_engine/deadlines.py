@@ -21,7 +21,6 @@ from taskpool._engine.units import Range, Unit
 from taskpool._map import MapJob
 from taskpool._task import TaskFuture
 
-logger = logging.getLogger("taskpool")
 now = time.monotonic
 
 ASK, STACKS = 1, 2  # the rungs of the ladder; the third is the end of the process group
@@ -42,6 +41,9 @@ class Hub(Protocol):
 
     def listen_again(self, worker: WorkerHandle) -> None:
         """Watch what a worker writes, although a waiting thread wanted to."""
+
+    def log(self, level: int, text: str, *args: object) -> None:
+        """Log where handlers may block."""
 
 
 class Deadlines:
@@ -170,7 +172,7 @@ class Deadlines:
         elif worker.stop is not None:
             self._climb(worker)
         elif running is None and time_now >= worker.since + PICK_UP:
-            logger.warning("worker %s does not take its task; it is replaced", worker.index)
+            self._hub.log(logging.WARNING, "worker %s does not take its task; it is replaced", worker.index)
             self._crew.kill(worker)
             self._take_back(worker)
         elif running is not None and worker.limit_due(running, time_now) <= time_now:

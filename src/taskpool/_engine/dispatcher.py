@@ -34,7 +34,6 @@ from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
 from taskpool._task import Failure, TaskFuture
-from taskpool.logs import LogListener
 
 logger = logging.getLogger("taskpool")
 now = time.monotonic
@@ -53,14 +52,14 @@ class Dispatcher:
 
     def __init__(self, host: Host, settings: Settings, left_queue: Callable[[TaskFuture[Any]], None]) -> None:
         self.counts = Counts()
-        self.callbacks = CallbackThread(settings.name)
+        self.callbacks = CallbackThread(f"{settings.name}-callbacks", "a callback raised")
         self._settings = settings
         self._left_queue = left_queue
         self._host = host
         self._loop = Loop(self._refuse_posted)
         self._crew = Crew(self, self._loop, host, settings, self.counts)
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
-        self._logs = LogListener(settings.name)
+        self._logs = CallbackThread(f"{settings.name}-logs", "a worker's log record could not be handled")
         self._receiver = Receiver(
             self._loop,
             self._crew,
@@ -198,10 +197,11 @@ class Dispatcher:
                 finally:
                     lock.release()
         except BaseException as error:  # a fault of ours: nobody may wait for ever because of it
-            logger.critical("the dispatcher failed; all tasks are lost", exc_info=True)
             text = f"taskpool's dispatcher failed: {error!r}"
-            self.give_up(lambda: RuntimeError(text))
+            with contextlib.suppress(Exception):
+                self.give_up(lambda: RuntimeError(text))
             self._crew.abandon()
+            self.log(logging.CRITICAL, "the dispatcher failed; all tasks are lost", exc_info=error)
         finally:
             self._end()
 
@@ -226,6 +226,10 @@ class Dispatcher:
     def read(self, worker: WorkerHandle) -> None:
         """Take what the worker has written."""
         self._receiver.read(worker)
+
+    def log(self, level: int, text: str, *args: object, exc_info: BaseException | None = None) -> None:
+        """Log a record of the engine's own where handlers may block."""
+        self._logs.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
 
     def requeue(self, unit: Unit) -> None:
         """Put back a unit that has not started."""
@@ -290,9 +294,12 @@ class Dispatcher:
 
     def _end(self) -> None:
         self._phase = CLOSED
-        with contextlib.suppress(Exception):
-            self._host.close()
-        self._logs.close(END_TIME)
-        self._loop.close()
-        self.callbacks.close(0)
+        for close in (
+            self._host.close,
+            lambda: self._logs.close(END_TIME),
+            self._loop.close,
+            lambda: self.callbacks.close(0),
+        ):
+            with contextlib.suppress(Exception):  # whatever fails, nobody waits for ever
+                close()
         self._done.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from taskpool import logs as worker_logs
 from taskpool._engine import verdicts, wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import ANY_ITEM
@@ -18,7 +19,6 @@ from taskpool._engine.wire import BadFrameError, Frame
 from taskpool._map import Settled
 from taskpool._task import RawOutcome
 from taskpool.events import How
-from taskpool.logs import LogListener
 
 RESULTS = frozenset({wire.VALUES, wire.EACH})
 FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED}
@@ -36,7 +36,7 @@ class Receiver:
         settings: What does not change.
         counts: Where it is noted how tasks ended.
         callbacks: The thread for what may run user code.
-        logs: Where log records go.
+        logs: The thread for log handlers.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Receiver:
         settings: Settings,
         counts: Counts,
         callbacks: CallbackThread,
-        logs: LogListener,
+        logs: CallbackThread,
     ) -> None:
         self.singling = 0  # ranges whose items are being pickled again, singly
         self.retries: Retries = Retries(loop, feeder, callbacks, counts, settings)
@@ -88,7 +88,8 @@ class Receiver:
         if frame.kind in FINISHING:
             self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
-            self._logs.put(lambda: wire.loads(frame.body), self._name_of(worker, frame.unit))
+            task = self._name_of(worker, frame.unit)
+            self._logs.run(lambda: worker_logs.handle(wire.loads(frame.body), task))
         elif frame.kind == wire.REPORT:
             self._on_report(worker, frame)
         elif frame.kind == wire.HELLO:

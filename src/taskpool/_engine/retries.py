@@ -82,7 +82,14 @@ class Retries:
             return
         number = next(self._numbers)
         self._undecided[number] = ended
-        self._callbacks.run(lambda: self._loop.post(self.decided, (number, _decide(ended))))
+        self._callbacks.run(lambda: self._decide(number, ended))
+
+    def _decide(self, number: int, ended: Ended) -> None:
+        decided = [Decided(ended, None, None)]
+        try:
+            decided = _decide(ended)
+        finally:  # whatever raises there, the attempt has an end
+            self._loop.post(self.decided, (number, decided))
 
     def decided(self, decision: tuple[int, list[Decided]]) -> None:
         """Do what was decided, if it has not been settled meanwhile."""
