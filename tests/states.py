@@ -184,3 +184,12 @@ def pid_of(_: object) -> int:
 def raise_it(error: BaseException) -> None:
     """Raise an exception that was made elsewhere."""
     raise error
+
+
+# ---------------------------------------------------------------------------------------------- members of a group
+
+
+def fail_behind(path: Path, count: int, kind: type[BaseException], *args: Any) -> None:
+    """Raise an exception once so many lines have been noted."""
+    expect(path, count)
+    raise kind(*args)

@@ -37,6 +37,7 @@ NAMES = {
     "RemoteError",
     "Stats",
     "TaskFuture",
+    "TaskGroup",
     "TaskPoolError",
     "TaskTimeoutError",
     "UnpickleError",

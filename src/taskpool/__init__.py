@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from taskpool._default import outcomes as outcomes
     from taskpool._default import starmap as starmap
     from taskpool._executor import Executor as Executor
+    from taskpool._group import TaskGroup as TaskGroup
     from taskpool._outcome import Outcome as Outcome
     from taskpool._retry import RetryPolicy as RetryPolicy
     from taskpool._retry import retry as retry
@@ -55,6 +56,7 @@ _HOMES = {
     "current_task": "taskpool._current",
     "CurrentTask": "taskpool._current",
     "TaskFuture": "taskpool._task",
+    "TaskGroup": "taskpool._group",
     "Capabilities": "taskpool.backends.base",
     "Stats": "taskpool.backends.base",
     **dict.fromkeys(
@@ -90,6 +92,7 @@ __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "MapOptions",
     "RetryPolicy",
     "CurrentTask",
+    "TaskGroup",
     "Stats",
     "Capabilities",
     "CallTimeoutError",

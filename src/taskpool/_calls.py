@@ -7,7 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from taskpool import progress
-from taskpool._checks import check_callable, check_count, check_seconds
+from taskpool._checks import check_callable, check_count, check_name, check_seconds
+from taskpool._current import name_of
+from taskpool._group import TaskGroup
 from taskpool._map import MapBackend, MapJob
 from taskpool._options import TaskOptions
 from taskpool._outcome import Outcome
@@ -74,10 +76,12 @@ class Calls:
             QueueFullError: If `max_pending` tasks are waiting and none was taken within `submit_timeout`.
             InitializerError: If no worker can be made ready.
         """
-        executor = self._executor
+        executor, options = self._executor, self._options
         check_callable(fn, "fn")
         executor._check_open()
-        return executor._backend.submit(fn, args, kwargs, self._options)
+        future: TaskFuture[R] = TaskFuture(executor._backend, options.name or name_of(fn))
+        executor._backend.submit(future, fn, args, kwargs, options)
+        return future
 
     async def run(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Have `fn(*args, **kwargs)` run in a worker, and wait for its result in asyncio.
@@ -246,6 +250,22 @@ class Calls:
         if label is not None:
             results.on_close(progress.show(job, label).close)
         return results
+
+    # Many tasks with one end
+
+    def group(self, *, timeout: float | None = None, name: str | None = None) -> TaskGroup:
+        """Return a group for tasks that shall all have ended at the end of one block, be it `with` or `async with`.
+
+        Args:
+            timeout: Seconds from the beginning of the block within which it must end; None is no limit.
+            name: The group's name in errors.
+
+        Raises:
+            TypeError: If an argument is of a wrong type.
+            ValueError: If `timeout` is NaN.
+        """
+        executor, seconds = self._executor, check_seconds(timeout, "timeout")
+        return TaskGroup(executor._backend, self._options, executor._check_open, timeout=seconds, name=check_name(name))
 
     # Options
 

@@ -121,15 +121,25 @@ class Owner(Protocol):
         """The future's task has left the queue: it was sent, cancelled or refused."""
 
 
+class Group(Protocol):
+    """What a future knows of the group that it is a member of."""
+
+    is_stopping: bool  # no member may start any more
+
+    def ended(self, member: TaskFuture[Any]) -> None:
+        """A member is resolved. Called under its lock, in any thread; never blocks, and never raises an Exception."""
+
+
 class TaskFuture(Future[T]):
     """The future of one task: a `concurrent.futures.Future` whose `cancel()` reaches a running task, and awaitable.
 
     Args:
         owner: The backend that runs the task.
         name: The task's name.
+        group: The group that it is a member of, if any.
     """
 
-    def __init__(self, owner: Owner | None = None, name: str = "") -> None:
+    def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         # The fields of the base class, without its __init__: that makes a condition, which costs a quarter of a submit,
         # and which most futures never need. A test compares the fields with those of the running Python.
         self._lock = threading.RLock()
@@ -143,6 +153,7 @@ class TaskFuture(Future[T]):
         self._owner = owner
         self._outcome: RawOutcome | None = None
         self.order: int = next(task_ids)
+        self._group = group
         self.task_name: str = name
         self.progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
         self.place: Any = None  # what the backend notes about where it runs
@@ -177,6 +188,13 @@ class TaskFuture(Future[T]):
         Raises:
             ForkedExecutorError: If the future belongs to the process that this one was forked from.
         """
+        return self._cancel(self._invoke_callbacks)
+
+    def stop(self) -> bool:
+        """Do what `cancel` does, with the callbacks where they may block: the caller has more to stop."""
+        return self._cancel(self._hand_out_callbacks)
+
+    def _cancel(self, run_callbacks: Callable[[], None]) -> bool:
         if self._owner is not None:
             self._owner.check_process()
         with self._lock:
@@ -192,7 +210,7 @@ class TaskFuture(Future[T]):
         if queued:
             if self._owner is not None:
                 self._owner.left_queue(self)
-            self._invoke_callbacks()
+            run_callbacks()
         elif self._owner is not None:
             self._owner.stop(self)
         return True
@@ -265,6 +283,12 @@ class TaskFuture(Future[T]):
             with contextlib.suppress(ValueError):
                 self._sleepers.remove(sleeper)
 
+    def has_failed(self) -> bool:
+        """Whether it ended with an error, as far as is known without unpickling a result."""
+        with self._lock:
+            outcome = self._outcome
+            return self._state == DONE and (self._exception is not None if outcome is None else not outcome.ok)
+
     def _is_resolved(self) -> bool:
         return self._state in (DONE, CANCELLED, CANCELLED_AND_NOTIFIED)
 
@@ -292,7 +316,11 @@ class TaskFuture(Future[T]):
     # What the backend does
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Mark the task as sent; return False if it was cancelled before."""
+        """Mark the task as sent; return False if it was cancelled before, or its group is stopping."""
+        group = self._group
+        if group is not None and group.is_stopping:
+            self.stop()
+            return False
         with self._lock:
             return self._step("send")
 
@@ -326,6 +354,8 @@ class TaskFuture(Future[T]):
         with self._lock:
             if self._state != SENT or self._waiters or self._done_callbacks or self._sleepers:
                 return False
+            if self._group is not None and not outcome.ok:
+                return False  # that stops the whole group
             self._outcome = outcome
             self.place = None
             self._state = DONE
@@ -371,6 +401,9 @@ class TaskFuture(Future[T]):
         if self._lazy_condition is not None:
             with self._lock:
                 self._lazy_condition.notify_all()
+        if self._group is not None:
+            self._group.ended(self)
+            self._group = None
 
     def _hand_out_callbacks(self) -> None:
         if not self._done_callbacks:

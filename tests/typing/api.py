@@ -91,6 +91,10 @@ def executor() -> None:
         assert_type(patient.submit(length, "a"), taskpool.TaskFuture[int])
         assert_type(patient.map(length, ["a"]), Iterator[int])
         assert_type(pool.stats(), taskpool.Stats)
+
+        with pool.group() as group, patient.group(timeout=5, name="ours") as inner:
+            assert_type(group, taskpool.TaskGroup)
+            assert_type(inner.submit(length, "a", extra=1), taskpool.TaskFuture[int])
     pool.shutdown(wait=True, cancel_futures=False, timeout=2)
     pool.terminate(timeout=5)
 
@@ -100,10 +104,14 @@ def wrong(pool: taskpool.Executor) -> None:
     pool.submit(length, "a", other=1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     pool.map(length, ["a"], tiemout=1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     taskpool.outcomes(length, [1])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    pool.group().submit(length, 1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 async def in_asyncio(pool: taskpool.Executor) -> None:
     assert_type(await pool.submit(length, "a"), int)
+    async with pool.group(timeout=5) as group:
+        assert_type(group, taskpool.TaskGroup)
+        assert_type(await group.submit(length, "a"), int)
     assert_type(await asyncio.get_running_loop().run_in_executor(pool, length, "a"), int)
 
 

@@ -115,7 +115,13 @@ class Dispatcher:
         except BaseException:
             self._direct.recover_soon()
             self._left_queue(call.future)
+            self._loop.post(self._drop_unsent, call)
             raise
+
+    def _drop_unsent(self, call: Call) -> None:
+        """A signal handler raised in `submit`: if no worker has the call by now, it never starts."""
+        if not any(call in worker.inflight for worker in self._crew.workers):
+            call.future.finish_cancelled()
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help a thread that waits for a future to its outcome."""

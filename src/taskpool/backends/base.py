@@ -220,12 +220,22 @@ class Backend(MapBackend):
         self.setup.listeners.tell(event)
 
     @abstractmethod
-    def run_callbacks(self, run: Callable[[], None]) -> None:
-        """Run what may be user code on a thread where it may block."""
+    def submit(
+        self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
+    ) -> None:
+        """Accept a call, which resolves `future`. An argument that cannot be sent fails the future, not this call."""
 
     @abstractmethod
-    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
-        """Accept a call. An argument that cannot be sent fails the future, not this call."""
+    def stop(self, future: TaskFuture[Any]) -> None:
+        """Have the task of this future stopped; the future then resolves by itself. Never blocks."""
+
+    @abstractmethod
+    def is_running(self, future: TaskFuture[Any]) -> bool:
+        """Whether the task has started and not ended."""
+
+    @abstractmethod
+    def run_callbacks(self, run: Callable[[], None]) -> None:
+        """Run a future's callbacks on a thread where they may block."""
 
     @abstractmethod
     def close(self, *, cancel: bool) -> None:

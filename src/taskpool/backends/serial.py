@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from taskpool._current import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Failure, RawOutcome, TaskFuture
@@ -56,16 +55,16 @@ class SerialBackend(Backend):
         self._ended = threading.Event()  # nothing is tried again
         self._counts: dict[str, int] = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "retried"), 0)
 
-    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+    def submit(
+        self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
+    ) -> None:
         """Run a call now."""
         self._raise_if_broken()
-        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         self._initialize()
         if self._broken is not None:
             self._counts["failed"] += future.finish(Failure(_initializer_error(self._broken)))
-            return future
-        self._run(LocalCall(future, fn, args, kwargs, options))
-        return future
+        else:
+            self._run(LocalCall(future, fn, args, kwargs, options))
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Run items of a map now, until the time of the whole call is over."""

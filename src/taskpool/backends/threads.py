@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskpool._current import name_of
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Failure, RawOutcome, TaskFuture
@@ -66,15 +65,15 @@ class ThreadBackend(Backend):
 
     # Accepting
 
-    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+    def submit(
+        self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
+    ) -> None:
         """Queue a call."""
         self._raise_if_broken()
-        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = LocalCall(future, fn, args, kwargs, options)
         self._slots.take(future, options.submit_timeout, self.is_own_thread)
         self._calls[id(future)] = call
         self._queue([call])
-        return future
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Queue items of a map."""

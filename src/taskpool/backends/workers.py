@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool import logs
-from taskpool._current import name_of
 from taskpool._engine import hosts, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
@@ -50,18 +49,18 @@ class WorkersBackend(Backend):
         )
         self._dispatcher = Dispatcher(host, settings, self.left_queue)
 
-    def submit(self, fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions) -> TaskFuture[Any]:
+    def submit(
+        self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
+    ) -> None:
         """Pickle the call here, in the caller's thread, and hand it to a worker or the queue."""
         dispatcher = self._dispatcher
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
-        future: TaskFuture[Any] = TaskFuture(self, options.name or name_of(fn))
         call = make_call(future, fn, args, kwargs, options)
         if call is not None:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
-        return future
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Pickle items of a map here and queue them."""
