@@ -18,11 +18,11 @@ from taskpool._task import RawOutcome, task_ids
 
 
 class Settled(NamedTuple):
-    """The outcome of neighbouring items: the list of their results together, or the error of one.
+    """The outcome of neighbouring items: the list of their results together, or the error that each of them has.
 
     Attributes:
         item: The index of the first item.
-        items: How many they are; 1 for an error.
+        items: How many they are.
         outcome: Decodes to the list of their results, or to the error.
         started: When the first of them began (monotonic); 0 if none has.
         seconds: How long they took together; 0 if that was not measured.
@@ -86,7 +86,7 @@ class MapJob:
             if not self.cancelled:
                 self._groups[settled.item] = settled
             self.finished += settled.items
-            self.failed += not settled.outcome.ok
+            self.failed += 0 if settled.outcome.ok else settled.items
             if self._reports:
                 self._forget_reports(settled)
             sleeper, self._sleeper = self._sleeper, None

@@ -73,8 +73,8 @@ class Feeder:
             self._left_queue(source.future)
         elif not source.job.cancelled:
             for start, end in source.todo:
-                for item in range(source.first + start, source.first + end):
-                    source.job.settle(Settled(item, 1, failure or verdicts.cancelled(), attempts=source.attempt - 1))
+                outcome, attempts = failure or verdicts.cancelled(), source.attempt - 1
+                source.job.settle(Settled(source.first + start, end - start, outcome, attempts=attempts))
 
     def refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
         """Cancel what was submitted at the very last moment."""

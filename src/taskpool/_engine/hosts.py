@@ -662,8 +662,9 @@ class _HostingPool:
 
     def process(self, pid: int) -> Any:
         """Return the Pool's process object of this pid; it is kept, since the Pool drops it when it ends."""
-        for process in list(self._pool._pool):  # type: ignore[attr-defined]
-            self._processes.setdefault(process.pid, process)
+        if pid not in self._processes:  # and no others: one that is dropped must not come back
+            processes = list(self._pool._pool)  # type: ignore[attr-defined]
+            self._processes.update((process.pid, process) for process in processes if process.pid == pid)
         return self._processes.get(pid)
 
     def drop_process(self, pid: int | None) -> Any:
