@@ -56,6 +56,6 @@ def test_files_that_pages_name_exist() -> None:
 def test_block_runs(block: Block) -> None:
     """A block runs as a script of its own, with what it includes from the examples."""
     code = SNIPPET.sub(lambda include: (ROOT / include[1]).read_text(), block.code)
-    ended = run_script(code, timeout=40)
+    ended = run_script(code, timeout=40, env={"TASKPOOL_PROGRESS": "0"})
     assert (ended.code, ended.err) == (0, "")
     assert block.output in (None, ended.out)

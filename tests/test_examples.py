@@ -15,7 +15,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path) -> None:
     """Each short example asserts its own outcome, with every warning an error."""
-    ended = run_script("", command=("-W", "error", str(example)), timeout=40)
+    ended = run_script("", command=("-W", "error", str(example)), timeout=40, env={"TASKPOOL_PROGRESS": "0"})
     assert (ended.code, ended.err) == (0, "")
 
 

@@ -56,6 +56,7 @@ class MapResults:
     ) -> None:
         self._backend = backend
         self._job = job
+        self._on_close: list[Callable[[], None]] = []
         self._seconds = timeout
         self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
         self._buffersize = buffersize
@@ -76,7 +77,6 @@ class MapResults:
         self._reading = threading.RLock()  # an input is read by one thread at a time
         self._is_reading = False
         self._closed = False
-        self._on_close: list[Callable[[], None]] = []
         self._wall = time.time() - time.monotonic()
         self._feed()
 
@@ -350,8 +350,16 @@ class MapResults:
             self._closed = True
             self._job.cancel()
             self._backend.cancel_job(self._job, stop=stop)
-            for call in self._on_close:
-                call()
+            self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        calls, self._on_close = self._on_close, []
+        for call in calls:
+            call()
+
+    def __del__(self) -> None:
+        """Tell those who wait for the end, if nobody ever asked for a result; items that were accepted run on."""
+        self._tell_closed()
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

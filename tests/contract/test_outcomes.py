@@ -468,3 +468,31 @@ def test_a_map_in_a_forked_child_refuses(pool: Pool) -> None:
         os._exit(refused)
     assert os.waitstatus_to_exitcode(bounded(lambda: os.waitpid(child, 0))[1]) == 4
     results.close()  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+@on_all
+@pytest.mark.parametrize("name", ["map", "imap", "imap_unordered", "outcomes"])
+def test_progress_counts_items_and_failures(pool: Pool, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever the chunks are; on standard error, in a line where that is no terminal."""
+    results = getattr(pool(), name)(tasks.fail_at, itertools.repeat(99), range(30), chunksize=7, progress="resize")
+    assert len(list(results)) == 30
+    assert capfd.readouterr().err.startswith("resize: 30 ")
+
+
+@on_all
+def test_progress_of_a_map_that_nobody_reads_ends(pool: Pool, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the iterator."""
+    results = pool().imap(tasks.square, range(10), progress=True)
+    del results
+    assert capfd.readouterr().err
+
+
+def test_progress_is_off_unless_asked_for(pool: Pool, capfd: pytest.CaptureFixture[str]) -> None:
+    """And what is neither a label nor a bool is refused."""
+    assert len(list(pool().map(tasks.square, range(30)))) == 30
+    assert capfd.readouterr().err == ""
+    with pytest.raises(TypeError, match="progress"):
+        pool().map(tasks.square, [1], progress=3)  # type: ignore[arg-type]
