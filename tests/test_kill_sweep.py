@@ -8,6 +8,7 @@ idle worker - each future is resolved once, each innocent task is right, and no 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -83,7 +84,7 @@ class Account:
             if victim and isinstance(got, blow):
                 ends["stopped"] += 1
                 continue
-            assert got == tasks.payload(size), (tag, repr(got)[:300])
+            assert got == _payload(size), (tag, repr(got)[:300])
             ends["finished" if victim else "innocent"] += 1
         wait_until(lambda: len(self.calls) == len(self.futures))
         starts = Counter(line.split()[0] for line in lines(self.notes))
@@ -93,6 +94,9 @@ class Account:
         assert finished <= set(starts)
         assert sum(ends.values()) == len(self.futures)
         return ends
+
+
+_payload = functools.cache(tasks.payload)  # made once, not for each of hundreds of results
 
 
 def outcome_is(future: Future[Any], kind: type[BaseException]) -> bool:
