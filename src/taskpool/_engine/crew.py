@@ -114,7 +114,8 @@ class Crew:
         return self._settings.max_workers - sum(w.state in (STARTING, SERVING, ENDING) for w in self.workers)
 
     def _start(self, count: int) -> None:
-        """Start so many workers, or as many as can be at this moment."""
+        """Start so many workers, or as many as can be at this moment; where the host is busy, its answer brings more."""
+        count = min(count, self._host.free_starts())
         if count > 0 and self._starts.may_begin():
             while count and self._start_one():
                 count -= 1
@@ -188,6 +189,7 @@ class Crew:
 
     def start_timed_out(self, worker: WorkerHandle) -> None:
         """A worker is not ready in time."""
+        self.expect_end(worker)  # so that giving up leaves this one alone
         seconds = self._settings.start_timeout
         if seconds is not None and now() >= worker.since + seconds:
             what = "the initializer" if self._settings.has_initializer else "the start of a worker"
@@ -196,7 +198,7 @@ class Crew:
             self.kill(worker)
         else:
             self._host.start_unanswered(worker)
-            self.bury(worker)  # should its process come after all, it finds the channel closed, and ends
+            self.bury(worker)
 
     def _died_before_ready(self, worker: WorkerHandle, processes: int = 1) -> None:
         text = f"a worker ended before it was ready{self._host.hint(worker)}"
@@ -307,9 +309,11 @@ class Crew:
         self.expect_end(worker)
         worker.end_by = now() + END_TIME
         worker.channel.end_life()
-        if worker.process is not None:
-            worker.process.kill_group()
-            worker.process.kill()
+        if worker.process is None:  # should it come to be after all, it finds the channel closed, and ends
+            self.bury(worker)
+            return
+        worker.process.kill_group()
+        worker.process.kill()
         self._loop.wake_by(worker.end_by)
 
     def end_overdue(self, worker: WorkerHandle) -> None:
@@ -346,6 +350,7 @@ class Crew:
         if not worker.explained:
             self._died_before_ready(worker)
         self._counts.replaced += self._hub.is_open and not worker.retiring
+        self._end_descendants(worker)  # before anybody asks for the exit code: that may reap, and free the id
         known = self._host.exitcode(worker)
         worker.exitcode_due = known is PENDING
         if not worker.exitcode_due:
@@ -354,6 +359,13 @@ class Crew:
             self._loop.wake_by(self.burial_due(worker))
         else:
             self.bury(worker)
+
+    def _end_descendants(self, worker: WorkerHandle) -> None:
+        """Kill what is left of a worker's group and session."""
+        if worker.process is not None:
+            worker.process.kill_group()
+            if not self._host.sweeps(worker):
+                stop.sweep_session(worker.process.pid)
 
     def burial_due(self, worker: WorkerHandle) -> float:
         """When a dead worker is buried at the latest.
@@ -375,6 +387,8 @@ class Crew:
         """Settle what a worker leaves, and free all that it held."""
         if worker.state == GONE:
             return
+        if worker.state != DYING:
+            self._end_descendants(worker)
         worker.state = GONE
         if worker.exitcode_due:
             late = self._host.exitcode(worker)
@@ -386,12 +400,8 @@ class Crew:
         self._settle(worker)
         for fd in (worker.channel.results, worker.channel.tasks):
             self._loop.unwatch(fd)
-        if worker.process is not None:
-            if worker.process.fd is not None:
-                self._loop.unwatch(worker.process.fd)
-            worker.process.kill_group()
-            if self._host.leaves_sessions:
-                stop.sweep_session(worker.process.pid)
+        if worker.process is not None and worker.process.fd is not None:
+            self._loop.unwatch(worker.process.fd)
         worker.channel.close()
         self._host.buried(worker)
         if worker.process is not None:

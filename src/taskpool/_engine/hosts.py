@@ -15,13 +15,13 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, Final
 
-from taskpool._engine import entry
+from taskpool._engine import entry, stop
 from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
 from taskpool.errors import WorkerCrashedError
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from taskpool._engine.handle import WorkerHandle
 
 FORKSERVER_UNKNOWN = 255  # what multiprocessing's forkserver answers when it does not know an exit code
+MOST_REQUESTS = 16  # unanswered starts at a template, of some KB each, so that its socket has room for them
 CLOSE_TIME = 1.0  # seconds that closing an engine may take before it is killed or left
+
+
+# What says that a template has ended, or is stopped. Anything else that keeps a request from it is this process's own.
+_TEMPLATE_IS_GONE = (BrokenPipeError, ConnectionResetError, TimeoutError)
 
 
 class _Pending:
@@ -46,7 +51,6 @@ class Host:
 
     exitcode_time = 0.25  # seconds that an exit code which is not known at once is waited for
     answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
-    leaves_sessions = True  # whether what a dead worker leaves in its session is for the crew to sweep
 
     def attach(self, crew: Crew) -> None:
         """Learn whom to tell about pids and exit codes."""
@@ -61,6 +65,10 @@ class Host:
         """
         raise NotImplementedError
 
+    def free_starts(self) -> int:
+        """Return how many starts may be begun now."""
+        return sys.maxsize
+
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """A start did not answer within `answer_time`, or not within the time for being ready."""
 
@@ -70,6 +78,10 @@ class Host:
     def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Return the exit code of a process that has ended; None if it cannot be known, PENDING if it will be told."""
         return None
+
+    def sweeps(self, worker: WorkerHandle) -> bool:
+        """Whether the host itself ends what a dead worker leaves in its session."""
+        return False
 
     def buried(self, worker: WorkerHandle) -> None:
         """All that the worker left has been settled: free what is kept about it."""
@@ -89,31 +101,30 @@ class Host:
 class TemplateHost(Host):
     """Starts workers by a template process (`template.py`); one that has died is replaced, its workers live on."""
 
-    leaves_sessions = False  # the template sweeps before it reaps
-
     def __init__(self, preload: tuple[str, ...] = ()) -> None:
         self._preload = list(preload)
         self._template: _TemplateProcess | None = None
-        self._starting: dict[int, WorkerHandle] = {}
         self._by_pid: dict[int, WorkerHandle] = {}
-        self._number = 0
+
+    def free_starts(self) -> int:
+        """Return how many requests may be sent: so few lie unread that the socket has room for all."""
+        return MOST_REQUESTS - (0 if self._template is None else len(self._template.starting))
 
     def start(self, worker: WorkerHandle) -> None:
         """Send a start request; the answer comes over the socket."""
-        for last_try in (False, True):
-            template = self._living_template()
-            self._number += 1
-            try:
-                template.request_start(self._number, worker.channel.worker_end, f"worker-{worker.index}")
-            except OSError:
-                self._drop(template)
-                if last_try:
-                    raise
-            else:
-                break
+        try:
+            self._request(worker)
+        except _TEMPLATE_IS_GONE:
+            self._request(worker)
         worker.channel.worker_end.close()
-        worker.hosted = template
-        self._starting[self._number] = worker
+
+    def _request(self, worker: WorkerHandle) -> None:
+        template = worker.hosted = self._living_template()
+        try:
+            template.request_start(worker)
+        except _TEMPLATE_IS_GONE:
+            self._drop(template)
+            raise
 
     def _living_template(self) -> _TemplateProcess:
         template = self._template
@@ -134,79 +145,90 @@ class TemplateHost(Host):
             return
         for kind, *values in received[0]:
             if kind == tpl.STARTED:
-                template.has_started = True
-                self._started(*values)
+                self._started(template, *values)
             elif kind == tpl.ENDED:
-                self._ended(*values)
+                self._ended(template, *values)
             elif kind == tpl.FAILED:
-                self._failed(values[0], OSError(f"the template process cannot fork: {values[1]}"))
+                self._failed(template, values[0], OSError(f"the template process cannot fork: {values[1]}"))
             elif kind == tpl.PRELOAD_FAILED:
-                self._preload_failed(*values)
+                self._preload_failed(template, *values)
 
-    def _started(self, number: int, pid: int) -> None:
-        worker = self._starting.pop(number, None)
+    def _started(self, template: _TemplateProcess, number: int, pid: int) -> None:
+        template.has_started = True
+        worker = template.starting.pop(number, None)
         if worker is not None and worker.hosted is not None:
             self._by_pid[pid] = worker
             self._crew.process_known(worker, pid)
 
-    def _ended(self, pid: int, exitcode: int) -> None:
+    def _ended(self, template: _TemplateProcess, pid: int, exitcode: int) -> None:
         worker = self._by_pid.get(pid)
         if worker is not None:
             self._crew.exitcode_known(worker, exitcode)
-        elif self._template is not None:
+        else:
             with contextlib.suppress(OSError):  # it was given up before it said who it is
-                self._template.line.send((tpl.REAP, pid))
+                template.line.send((tpl.REAP, pid))
 
-    def _failed(self, number: int, error: Exception) -> None:
-        worker = self._starting.pop(number, None)
+    def _failed(self, template: _TemplateProcess, number: int, error: Exception) -> None:
+        worker = template.starting.pop(number, None)
         if worker is not None:
             self._crew.start_failed(worker, error)
 
-    def _preload_failed(self, module: str, text: str, trace: str) -> None:
+    def _preload_failed(self, template: _TemplateProcess, module: str, text: str, trace: str) -> None:
         error = ImportError(f"preload={module!r} cannot be imported in a worker: {text}")
         error.add_note(trace)
-        for number in list(self._starting):
-            self._failed(number, error)
+        for number in list(template.starting):
+            self._failed(template, number, error)
 
     def start_unanswered(self, worker: WorkerHandle) -> None:
-        """End a template that has not come as far as its first start."""
+        """Replace the template, which is stopped, or does not come to the end of what it preloads."""
         template: _TemplateProcess | None = worker.hosted
-        if template is not None and template is self._template and not template.has_started:
-            template.kill()
+        if template is not None and template is self._template:
             self._drop(template)
 
     def _drop(self, template: _TemplateProcess) -> None:
-        """A template is gone, or fits no longer. Exit codes of its workers are lost; those that it did not start fail."""
-        self._crew.unwatch(template.line.sock.fileno())
-        template.close()
-        if self._template is template:
-            self._template = None
-        lost = [(number, worker) for number, worker in self._starting.items() if worker.hosted is template]
-        for number, worker in lost:
-            del self._starting[number]
+        """A template is gone, or fits no longer. Exit codes of its workers are lost; those that it did not start fail.
+
+        It is killed: at the end of its socket it would take this process for gone, and end its workers, which live on.
+        """
+        template.kill()
+        self._close(template)
+        for worker in [worker for worker in template.starting.values() if worker.hosted is template]:
             if template.has_started:
                 self._crew.start_lost(worker)
             else:
                 error = WorkerCrashedError("the template process ended before it could start a worker")
                 self._crew.start_failed(worker, error)
 
+    def _close(self, template: _TemplateProcess) -> None:
+        self._crew.unwatch(template.line.sock.fileno())
+        template.close()
+        if self._template is template:
+            self._template = None
+
     def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """The template tells, if it lives."""
-        return worker.exitcode if worker.exitcode is not None or worker.hosted is not self._template else PENDING
+        return worker.exitcode if worker.exitcode is not None or not self.sweeps(worker) else PENDING
+
+    def sweeps(self, worker: WorkerHandle) -> bool:
+        """The template does, before it reaps, if it lives."""
+        return worker.hosted is self._template
 
     def buried(self, worker: WorkerHandle) -> None:
         """Let the template reap it."""
         template: _TemplateProcess | None = worker.hosted
         worker.hosted = None
-        known = worker.pid is not None and self._by_pid.pop(worker.pid, None) is not None
-        if known and template is not None and template is self._template:
-            with contextlib.suppress(OSError):
+        if worker.pid is None or self._by_pid.pop(worker.pid, None) is None:
+            return
+        if template is not None and template is self._template:
+            try:
                 template.line.send((tpl.REAP, worker.pid))
+            except OSError:  # it has just ended itself
+                stop.sweep_session(worker.pid)
 
     def close(self) -> None:
         """End the template: it reaps what is left and goes when the socket closes."""
         if self._template is not None:
-            self._drop(self._template)
+            self._close(self._template)
 
 
 class _TemplateProcess:
@@ -215,60 +237,66 @@ class _TemplateProcess:
     def __init__(self, preload: list[str]) -> None:
         ours, theirs = socket.socketpair()
         keep_from_children({ours.fileno()})
-        ours.settimeout(CLOSE_TIME)  # it reads at once, unless it is stopped; then it is replaced
+        ours.settimeout(CLOSE_TIME)  # there is room for what it has not read, unless that is huge; then it is replaced
         self.line = tpl.Line(ours)
+        self.starting: dict[int, WorkerHandle] = {}  # requests that it has not answered
         self.has_started = False  # whether it has ever started a worker
+        self._requests = 0
         self._identity = _identity()
         self._state: dict[str, Any] = _state()
-        code = f"import sys; sys.path[:] = {self._state['path']!r}; from taskpool._engine.template import main; "
-        code += f"main({theirs.fileno()}, {preload!r})"
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-            )
+            self._process = self._popen(theirs.fileno(), preload)
+        except BaseException:
+            close_kept(ours.detach())
+            raise
         finally:
             theirs.close()
         del self._state["argv"], self._state["filters"]  # a new interpreter does not inherit these
+
+    def _popen(self, fd: int, preload: list[str]) -> subprocess.Popen[bytes]:
+        code = f"import sys; sys.path[:] = {self._state['path']!r}; from taskpool._engine.template import main; "
+        code += f"main({fd}, {preload!r})"
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        return subprocess.Popen([sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[fd])
 
     def fits(self) -> bool:
         """Whether its forks still have this process's user and groups."""
         return self._identity == _identity()
 
-    def request_start(self, number: int, end: WorkerEnd, name: str) -> None:
+    def request_start(self, worker: WorkerHandle) -> None:
         """Ask for a worker.
 
         Raises:
-            OSError: If the template is gone or does not read.
+            OSError: If it cannot be asked; one of _TEMPLATE_IS_GONE if that is for good.
         """
         state = _state()
         changes = {key: value for key, value in state.items() if self._state.get(key) != value}
         if "cloudpickle" in sys.modules and "cloudpickle" not in self._state:
             changes["imports"] = ["cloudpickle"]  # tasks that came by value need it: once here, not in each worker
-            self._state["cloudpickle"] = True
-        self._state.update(changes)
-        fds, opened = _standard_streams()
-        tracker = _tracker_fd()
-        fds = [*end.fds, *fds, *tracker]
-        try:
-            self.line.send((tpl.START, number, changes, _limits(name), len(fds)), fds)
-        finally:
-            for fd in opened:
-                os.close(fd)
+            state["cloudpickle"] = True
+        with _standard_streams() as streams:
+            fds = [*worker.channel.worker_end.fds, *streams, *_tracker_fd()]
+            limits = _limits(f"worker-{worker.index}")
+            self.line.send((tpl.START, self._requests, changes, limits, len(fds)), fds)
+        self.starting[self._requests] = worker
+        self._requests += 1
+        self._state.update(state)
 
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
 
     def close(self) -> None:
-        """Close the socket, which ends the template, and reap it; SIGKILL if it does not go."""
-        fd = self.line.sock.detach()
-        close_kept(fd)
+        """Close the socket, which ends the template, and reap it; SIGKILL if it does not go, or may be preloading."""
+        if not self.has_started:
+            self.kill()
+        close_kept(self.line.sock.detach())
         try:
             self._process.wait(CLOSE_TIME)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(CLOSE_TIME)
+            self.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_TIME)
 
 
 def _identity() -> tuple[Any, ...]:
@@ -315,23 +343,32 @@ def _limits(name: str) -> dict[str, Any]:
     }
 
 
-def _standard_streams() -> tuple[list[int], list[int]]:
-    """Return the descriptors that a worker gets as 1 and 2, and those of them that were opened for it."""
-    fds, opened = [], []
-    for fd in (1, 2):
-        try:
-            os.fstat(fd)
-            fds.append(fd)
-        except OSError:
-            opened.append(os.open(os.devnull, os.O_WRONLY))
-            fds.append(opened[-1])
-    return fds, opened
+@contextlib.contextmanager
+def _standard_streams() -> Iterator[list[int]]:
+    """Give the descriptors that a worker gets as 1 and 2: the null device for one that is closed here."""
+    is_open = [_is_open(fd) for fd in (1, 2)]
+    if all(is_open):
+        yield [1, 2]
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        yield [fd if fd_is_open else null for fd, fd_is_open in zip((1, 2), is_open, strict=True)]
+    finally:
+        os.close(null)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _tracker_fd() -> list[int]:
     tracker = sys.modules.get("multiprocessing.resource_tracker")
     fd = None if tracker is None else tracker._resource_tracker._fd
-    return [] if fd is None else [fd]
+    return [fd] if fd is not None and _is_open(fd) else []
 
 
 # Processes of multiprocessing

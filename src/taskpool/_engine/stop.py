@@ -149,12 +149,14 @@ def _end_with(fd: int) -> None:
 def reset_signals() -> None:
     """Give every signal its default action again and unblock all: handlers of the parent mean the parent.
 
-    SIGINT gets a handler that does nothing, not SIG_IGN, which programs that a task starts would inherit.
+    SIGINT gets a handler that does nothing, not SIG_IGN, which programs that a task starts would inherit. That of
+    SIGCHLD goes even if it is SIG_IGN: whoever has that has no children to wait for.
     """
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, _ignore)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -191,7 +193,10 @@ def sweep_session(session: int) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    for entry in os.listdir("/proc"):
+    entries: list[str] = []
+    with contextlib.suppress(OSError):  # no descriptor is left to list it with
+        entries = os.listdir("/proc")
+    for entry in entries:
         if entry.isdigit() and int(entry) != session:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if os.getsid(int(entry)) == session:
