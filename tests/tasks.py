@@ -742,6 +742,21 @@ class FailsAtDump:
         raise self.kind("I stay here")
 
 
+class PicklesOnce:
+    """Stands for None, and pickles once; after that it does something else."""
+
+    def __init__(self, then: Callable[..., Any], *args: Any) -> None:
+        self.then: Callable[[], Any] | None = None
+        self.next: Callable[[], Any] = lambda: then(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle."""
+        if self.then is not None:
+            self.then()
+        self.then = self.next
+        return make, (type(None),)
+
+
 class DiesAtLoad:
     """Kills the process that unpickles it, unless that is the one that made it."""
 

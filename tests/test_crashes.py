@@ -20,7 +20,18 @@ import pytest
 
 import taskpool
 from tests import processes, tasks
-from tests.helpers import PATIENCE, Backend, at_most, bounded, lines, on_every_host, on_hosts, outcome, wait_until
+from tests.helpers import (
+    PATIENCE,
+    Backend,
+    at_most,
+    bounded,
+    lines,
+    on_every_host,
+    on_hosts,
+    on_one_host,
+    outcome,
+    wait_until,
+)
 
 Pool = Callable[..., taskpool.Executor]
 
@@ -597,6 +608,35 @@ def test_an_argument_that_fails_to_pickle_harms_its_task_alone(pool: Pool, kind:
     assert isinstance(named, taskpool.NotSendableError)
     assert "bad" in str(named)
     assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+
+
+@on_one_host
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
+def test_an_item_that_cannot_be_pickled_again_costs_no_other(pool: Pool, kind: type[BaseException]) -> None:
+    """Items that cannot be unpickled together are pickled singly, where whatever it raises is the item's own outcome."""
+    items = [0, tasks.FailsAtLoad(), tasks.PicklesOnce(tasks.fail, kind, "I stay here"), 3]
+    got = list(pool(1).outcomes(tasks.identity, items, ordered=True, chunksize=4))
+    assert [each.value for each in got if each.ok] == [0, 3]
+    assert isinstance(got[1].error, taskpool.UnpickleError)
+    assert isinstance(got[2].error, taskpool.NotSendableError)
+    assert "item 2" in str(got[2].error)
+    assert isinstance(got[2].error.__cause__, kind)
+
+
+@on_one_host
+def test_an_item_that_never_pickles_again_does_not_delay_the_end(pool: Pool) -> None:
+    """`terminate` cancels it."""
+    executor, pickling, release = pool(1), threading.Event(), threading.Event()
+    hanging = tasks.PicklesOnce(lambda: (pickling.set(), release.wait(PATIENCE)))
+    results = executor.map(tasks.identity, [0, tasks.FailsAtLoad(), hanging], chunksize=3)
+    try:
+        assert pickling.wait(PATIENCE)
+        with at_most(5):
+            bounded(lambda: executor.terminate(timeout=2))
+        with pytest.raises(concurrent.futures.CancelledError):
+            bounded(lambda: list(results))
+    finally:
+        release.set()
 
 
 @on_hosts

@@ -286,7 +286,8 @@ class Dispatcher:
                 self._deadlines.stop_unit(worker, worker.inflight[0])
 
     def _has_work(self) -> bool:
-        return bool(self._feeder or self._loop or self._receiver.singling or self._retries)
+        pickling = self._receiver.singling and self._phase != TERMINATING  # user code, which may hang
+        return bool(self._feeder or self._loop or pickling or self._retries)
 
     def _has_ended(self) -> bool:
         return self._phase != OPEN and not self._crew.workers and not self._has_work()
@@ -303,6 +304,7 @@ class Dispatcher:
         for close in (
             self._host.close,
             lambda: self._logs.close(END_TIME),
+            self._receiver.end,
             self._loop.close,
             lambda: self.callbacks.close(0),
         ):

@@ -50,7 +50,7 @@ class Receiver:
         callbacks: CallbackThread,
         logs: CallbackThread,
     ) -> None:
-        self.singling = 0  # ranges whose items are being pickled again, singly
+        self.singling: set[Range] = set()  # those whose items are being pickled again, singly
         self.retries: Retries = Retries(loop, feeder, callbacks, counts, settings)
         self._loop = loop
         self._crew = crew
@@ -161,17 +161,25 @@ class Receiver:
 
     def _send_singly(self, unit: Range) -> None:
         """Give a range's items back one by one: together they cannot be read, or one of them kills the reader."""
-        self.singling += 1
+        self.singling.add(unit)
 
         def pickle_again() -> None:
             pieces = unit.piece.singly(unit.next, unit.stop) if not unit.job.cancelled else []
-            self._loop.post(self._singled, pieces)
+            self._loop.post(self._singled, (unit, pieces))
 
         self._callbacks.run(pickle_again)
 
-    def _singled(self, pieces: list[Piece]) -> None:
-        self.singling -= 1
+    def _singled(self, singled: tuple[Range, list[Piece]]) -> None:
+        unit, pieces = singled
+        self.singling.discard(unit)
         self._feeder.accept_all(pieces)
+
+    def end(self) -> None:
+        """Nothing is read any more, and nobody waits for the callback thread: cancel what is being pickled there."""
+        for unit in self.singling:
+            for item in range(unit.next, unit.stop):
+                unit.settle(Settled(item, 1, verdicts.cancelled(), attempts=unit.piece.attempt - 1))
+        self.singling.clear()
 
     # Tasks that do not end by themselves
 

@@ -232,12 +232,21 @@ class Piece:
             self.todo = sorted([*self.todo, (start, stop)])
 
     def singly(self, start: int, stop: int) -> list[Piece]:
-        """Return these items as pieces of one item each. Pickles them again: user code runs here."""
-        return [
-            piece
-            for index in range(start, stop)
-            if (piece := make_piece(self.job, self.first + index, self.items[index : index + 1])) is not None
-        ]
+        """Return these items as pieces of one item each. Pickles them again: user code runs here.
+
+        On the callback thread, so whatever that raises is the item's outcome; there is nobody else to get it.
+        """
+        pieces = []
+        for index in range(start, stop):
+            number = self.first + index
+            try:
+                piece = make_piece(self.job, number, self.items[index : index + 1])
+            except BaseException as error:
+                failure = Failure(_explain(f"item {number}", self.items[index], error))
+                self.job.settle(Settled(number, 1, failure, attempts=0))
+            else:
+                pieces += [] if piece is None else [piece]
+        return pieces
 
 
 class Range:
@@ -423,7 +432,7 @@ def _not_sendable(parts: list[tuple[str, object]], cause: Exception) -> NotSenda
     raise cause  # it can be pickled: it was a signal handler of the program that raised
 
 
-def _explain(part: str, value: object, cause: Exception) -> NotSendableError:
+def _explain(part: str, value: object, cause: BaseException) -> NotSendableError:
     kind = "" if value is None else f" (of type {type(value).__qualname__})"
     text = f"{part}{kind} cannot be pickled: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}"
     error = NotSendableError(text)
