@@ -13,7 +13,7 @@ closes a display waits for its last state by a bound. What does not work any mor
 
 While a bar is drawn, stand-ins take the place of `sys.stdout` and `sys.stderr` and in the logging handlers that hold
 them, as far as they lead to the same terminal: whole lines appear above the bar, as they are. rich's own redirection
-is not used: it sends what is printed to a redirected `stdout` to the terminal, wraps lines, and loses one without end.
+is not used: it sends what is printed to a redirected `stdout` to the terminal, and wraps lines.
 
 Nothing is shown with `TASKPOOL_PROGRESS=0` in the environment, or where there is no `sys.stderr`. The only file that
 knows rich.
