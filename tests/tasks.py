@@ -1041,3 +1041,9 @@ def set_alarm_at(bad: int, number: int) -> int:
     elif number == bad + 1:
         time.sleep(0.2)
     return number
+
+
+def report_and_return(value: Any) -> Any:
+    """Report, and return the value."""
+    report(1, 2)
+    return value

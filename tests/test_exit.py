@@ -522,3 +522,16 @@ def test_a_start_that_is_cut_short_leaves_nothing(backend: Backend) -> None:
         assert all(future.done() for future in futures)
         del executor, futures
         gc.collect()  # what still has a descriptor warns here, and that is an error
+
+
+def test_an_executor_that_lives_to_the_very_end_ends_in_silence(tmp_path: Path) -> None:
+    """Also one in a global, of which the interpreter lets go when its modules are half gone."""
+    body = """
+global held
+held = executor(2)
+results = held.imap(tasks.report_and_return, range(1000))
+print(next(results))
+print(sum(taskpool.map(tasks.report_and_return, range(20))))
+"""
+    ended = run_main(body, TEMPLATE, tmp_path)
+    assert (ended.code, ended.out, ended.err) == (0, "0\n190\n", "")

@@ -212,12 +212,14 @@ class Executor(Calls, _StandardExecutor):
         return f"<Executor {self.name} backend={self._backend.name!r} workers={self._backend.workers} {state}>"
 
     def __del__(self) -> None:
+        if _exiting is not False:
+            return  # everything has been ended; and of the modules that it takes some may be gone already
         backend = getattr(self, "_backend", None)
         if backend is None or self._closed or backend.pid != os.getpid():
             return
         self._closed = True
         backend.close(cancel=False)
-        if not _is_finalizing():
+        if not sys.is_finalizing():
             warnings.warn(f"{self!r} was dropped without shutdown()", ResourceWarning, source=self, stacklevel=2)
 
     # Inside
@@ -290,10 +292,6 @@ def _check_context(context: Any) -> Any:
 # Those of executors that were dropped stand here, too, for as long as something runs on them.
 _open_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 _exiting = False
-
-
-def _is_finalizing() -> bool:
-    return sys.is_finalizing() or _exiting
 
 
 def _end_at_exit() -> None:
