@@ -313,6 +313,23 @@ class HangsAtDump:
         return object, ()
 
 
+class DumpsSlowly:
+    """Takes half a second to pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Take the time."""
+        time.sleep(0.5)
+        return int, ()
+
+
+def note_and_dump_slowly(path: Path, number: int) -> DumpsSlowly:
+    """Note a number, return what takes its time to pickle, and after the first take for ever."""
+    note(path, number)
+    if number:
+        sleep_for_ever()
+    return DumpsSlowly()
+
+
 def start_child_and_hang(path: Path) -> None:
     """Start a program, note its id, and hang."""
     note(path, subprocess.Popen(["sleep", "1000"]).pid)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 import taskpool
+from taskpool._engine.channel import INTERRUPT, INTERRUPT_ITEM, Channel, WorkerChannel
+from taskpool._engine.worker import Interrupts, TaskInterrupt
 from tests import processes, tasks
 from tests.helpers import PATIENCE, at_most, lines, on_every_host, on_hosts, outcome, wait_until
 
@@ -105,6 +107,17 @@ def test_arguments_that_never_load_are_stopped(pool: Pool) -> None:
     error = outcome(pool(1, task_timeout=LIMIT, grace=GRACE).submit(tasks.identity, tasks.HangsAtLoad()))
     assert isinstance(error, taskpool.TaskTimeoutError)
     assert "sleep_for_ever" in (error.stack or "")
+
+
+@on_hosts
+@pytest.mark.parametrize("items", [1, 3])
+def test_items_that_never_load_are_stopped(pool: Pool, items: int) -> None:
+    """An item of a map is told so as a task is; its neighbours, which were sent along with it, run."""
+    results = pool(1, task_timeout=LIMIT, grace=GRACE).map(tasks.identity, [*range(items - 1), tasks.HangsAtLoad()])
+    assert [next(results) for _ in range(items - 1)] == [*range(items - 1)]
+    with pytest.raises(taskpool.TaskTimeoutError) as caught:
+        next(results)
+    assert "sleep_for_ever" in (caught.value.stack or "")
 
 
 @on_hosts
@@ -312,6 +325,30 @@ def test_closing_a_map_leaves_the_pool_to_others(pool: Pool, tmp_path: Path) -> 
     results.close()  # type: ignore[attr-defined]
     with at_most(3):
         assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+
+
+@on_hosts
+def test_cancelling_while_a_result_is_written_is_not_lost(pool: Pool, tmp_path: Path) -> None:
+    """The item that is being written when the signal comes cannot be interrupted any more; the next one never starts."""
+    executor = pool(1, grace=PATIENCE)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    with pytest.raises(taskpool.CallTimeoutError):
+        list(executor.map(tasks.note_and_dump_slowly, [tmp_path / "notes"] * 2, range(2), chunksize=2, timeout=LIMIT))
+    with at_most(0.5 + 2 * SLACK):
+        assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+    assert lines(tmp_path / "notes") == ["0"]
+
+
+def test_an_interrupt_that_came_too_early() -> None:
+    """A signal that finds nothing to interrupt is not lost: who is armed looks whether one was meant for him."""
+    channel = Channel()
+    words, interrupts = channel.page.words, Interrupts(WorkerChannel(channel.worker_end))
+    words[INTERRUPT], words[INTERRUPT_ITEM] = 7, 0
+    interrupts.handle(signal.SIGUSR1, None)
+    interrupts.arm(8)
+    with pytest.raises(TaskInterrupt):
+        interrupts.arm(7)
+    channel.close()
 
 
 # ---------------------------------------------------------------------------------------------- asyncio

@@ -63,6 +63,12 @@ class Interrupts:
         self._shields = 0
         self._postponed: FrameType | None = None
 
+    def arm(self, unit: int) -> None:
+        """Let this unit be interrupted from now on. What was asked for earlier, when the signal was ignored, comes now."""
+        self.armed = unit
+        if self._words[INTERRUPT] == unit:
+            self.handle(0, sys._getframe(1))
+
     def handle(self, _number: int, frame: FrameType | None) -> None:
         """Be the signal handler."""
         words = self._words
@@ -205,8 +211,8 @@ class Worker:
         kind, body, seconds = wire.UNREADABLE, None, 0.0
         started = self._begin(frame.unit)
         try:
-            self.interrupts.armed = frame.unit
             try:
+                self.interrupts.arm(frame.unit)
                 fn, args, kwargs, name = wire.loads(frame.body)
                 kind = wire.RAISED
                 self._task = name or _current.name_of(fn), str(frame.item), 0
@@ -271,17 +277,21 @@ class Worker:
         run = RangeRun(self, frame)
         try:
             try:
-                self.interrupts.armed = frame.unit
+                self.interrupts.arm(frame.unit)
                 run.load()
             finally:
                 self.interrupts.armed = 0
+            if self.interrupts.stack is not None:
+                raise TaskInterrupt  # the loading swallowed the first
         except BaseException as error:
-            # Whatever it was, nothing of the range has run. The parent sends its items again, each by itself.
-            body = exceptions.encode(error, frames_of_ours=1)
-            self._finished = self.interrupts.stack is not None
-            self._report(wire.UNREADABLE, frame, body, index=frame.item, count=frame.items)
+            # Whatever it was, nothing of the range has run. The parent sends several items again, each by itself.
+            kind, body = wire.UNREADABLE, exceptions.encode(error, frames_of_ours=1)
+            if self.interrupts.stack is not None:
+                interrupted = self._interrupted()
+                kind, body = interrupted if frame.items == 1 else (kind, body)
+            self._report(kind, frame, body, index=frame.item, count=frame.items)
         else:
-            while run.index < run.end and not self._finished:
+            while run.index < run.end and not self.interrupts.came:
                 run.run_until_something_happens()
             if self.interrupts.came and not self._finished:
                 self.interrupts.came = False
@@ -317,8 +327,8 @@ class RangeRun:
         self.group_started = now()
         try:
             try:
-                interrupts.armed = self.frame.unit
-                while self.index < self.end:
+                interrupts.arm(self.frame.unit)
+                while self.index < self.end and not interrupts.came:
                     self._run_some()
             finally:
                 interrupts.armed = 0
@@ -354,8 +364,6 @@ class RangeRun:
         if interrupts.stack is not None:
             raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
         self.index = index + 1
-        if interrupts.came:
-            self.end = self.index
         ended = clock()
         if ended - began >= QUICK or ended - self.group_started >= GROUP:
             self.flush()
@@ -375,7 +383,8 @@ class RangeRun:
         self.worker._words[PHASE] = RUNNING
         stop.clear_timers()
         self.group_started = now()
-        interrupts.armed = armed
+        if armed and self.index < self.end:
+            interrupts.arm(armed)
 
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
