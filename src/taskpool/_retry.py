@@ -7,6 +7,7 @@ when a policy is made of its parts, or when a task with a policy fails for the f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
-from taskpool._checks import check_count, check_seconds
+from taskpool._checks import MAX_SECONDS, check_count, check_seconds
 from taskpool._task import Failure, RawOutcome, Value
 from taskpool.errors import NotSendableError
 
@@ -62,19 +63,19 @@ class RetryPolicy:
             return False
         import tenacity
 
-        return not isinstance(strategy, tenacity.retry_if_exception)
+        # Not by its class: a strategy of exceptions may well want another attempt after a result.
+        return type(strategy).__call__ is not tenacity.retry_if_exception.__call__
 
     def retrying(self) -> tenacity.Retrying:
         """Return a decision machine for one task."""
         import tenacity
 
         if self.base is not None:
-            return self.base.copy(reraise=True)
+            return self.base.copy(reraise=False)
         return tenacity.Retrying(
             stop=self._stop(),
             wait=tenacity.wait_fixed(self.wait) if isinstance(self.wait, int | float) else self.wait,
             retry=self._condition(),
-            reraise=True,
         )
 
     def _stop(self) -> Any:
@@ -142,7 +143,7 @@ def as_policy(value: object) -> RetryPolicy | None:
     import tenacity
 
     if isinstance(value, tenacity.Retrying):
-        return RetryPolicy(base=value) if value.enabled else None
+        return _as_whole(value)
     if isinstance(value, tenacity.stop.stop_base):
         return retry(stop=value)
     if isinstance(value, tenacity.wait.wait_base):
@@ -153,6 +154,17 @@ def as_policy(value: object) -> RetryPolicy | None:
         "retry must be a number of attempts, taskpool.retry(...), a stop, wait or retry strategy of tenacity, a "
         f"tenacity.Retrying, or None, not {value!r}"
     )
+
+
+def _as_whole(base: tenacity.Retrying) -> RetryPolicy | None:
+    if not getattr(base, "enabled", True):  # older ones have no such switch
+        return None
+    policy = RetryPolicy(base=base)
+    try:
+        policy.retrying()
+    except Exception as cause:
+        raise TypeError(f"retry={base!r} cannot be copied for each task: {type(cause).__name__}: {cause}") from cause
+    return policy
 
 
 def _check_wait(value: Any) -> Any:
@@ -244,7 +256,7 @@ class Attempts:
             self._state.set_exception((type(error), error, error.__traceback__))
         try:
             answer = self._retrying.iter(self._state)
-        except tenacity.RetryError:  # results that were never good enough: the last one stands
+        except tenacity.RetryError:  # the attempts are over: the last one stands
             raise _StandsError(value, error) from None
         except BaseException as raised:
             if raised is not error:
@@ -252,7 +264,7 @@ class Attempts:
             raise _StandsError(value, error) from None
         if isinstance(answer, tenacity.DoSleep):
             self._state.prepare_for_next_attempt()
-            return max(0.0, float(answer))
+            return min(max(0.0, float(answer)), MAX_SECONDS)
         # What the machine itself made of it: the result, or what a `retry_error_callback` gave in place of an error.
         raise _StandsError(answer, None)
 
@@ -265,8 +277,9 @@ class Attempts:
 
     def _noted(self, error: BaseException) -> Failure:
         """Have the last error say what came before it."""
-        if self.number > 1:
-            error.add_note(f"this was attempt {self.number}; before it:\n" + "\n".join(self._failures))
+        with contextlib.suppress(Exception):  # one that takes no notes
+            if self.number > 1:
+                error.add_note(f"this was attempt {self.number}; before it:\n" + "\n".join(self._failures))
         return Failure(error)
 
 
@@ -282,6 +295,6 @@ class _StandsError(Exception):
 def _describe(error: BaseException) -> str:
     try:
         text = str(error).strip().split("\n", 1)[0]
-    except Exception:
+    except BaseException:
         text = "<its text could not be made>"
     return f"{type(error).__name__}: {text}"[:LONGEST_TEXT]
