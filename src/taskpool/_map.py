@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from taskpool._options import TaskOptions
-from taskpool._retry import Attempts
 from taskpool._task import RawOutcome, task_ids
 
 
@@ -69,7 +68,6 @@ class MapJob:
         self.deadline: float | None = None  # the call's own (monotonic)
         self.seconds: float | None = None  # how long an item takes, of late
         self.item_bytes: float = 0.0  # how large it is, or its result, pickled
-        self.attempts: dict[int, Attempts] = {}  # of items that have failed and may be tried again
         self.total: int | None = None  # how many items there are, once that is known
         self.finished: int = 0
         self.failed: int = 0

@@ -144,7 +144,11 @@ class Dispatcher:
 
     def drop(self, job: MapJob) -> None:
         """Drop what has not started of a map; what runs may finish."""
-        self._loop.post(self._feeder.queue.drop_job, job)
+        self._loop.post(self._feeder.drop_job, job)
+
+    def cancelled(self) -> None:
+        """A call was cancelled while it waited, perhaps for its next attempt. Never blocks."""
+        self._feeder.cancelled()
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a worker has this future's task in hand right now."""

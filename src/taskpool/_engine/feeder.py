@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +40,9 @@ class Feeder:
         self.broken: Callable[[], BaseException] | None = None  # makes the error of everything that is submitted
         self.terminating = False  # everything that comes is cancelled
         self._delayed: list[tuple[float, int, Source]] = []  # a heap: what waits for its next attempt, by when that is
-        self._fresh: deque[Source] = deque()  # what waits for a new worker, to run there alone
+        self._numbers = itertools.count()  # of entries in that heap
+        self._will_drop = False  # what was cancelled there will be looked for
+        self._fresh = TaskQueue()  # what waits for a new worker, to run there alone
         self._loop = loop
         self._crew = crew
         self._settings = settings
@@ -90,8 +92,7 @@ class Feeder:
             self.refuse(source, None if failure is None else failure())
 
     def _clear_retried(self) -> list[Source]:
-        sources = [*self._fresh, *(source for _due, _order, source in self._delayed)]
-        self._fresh.clear()
+        sources = [*self._fresh.clear(), *(source for _due, _number, source in self._delayed)]
         self._delayed.clear()
         return sources
 
@@ -118,7 +119,13 @@ class Feeder:
         if self.broken is not None or self.terminating:
             self.refuse(source, None if self.broken is None else Failure(self.broken()))
         else:
-            self.queue.insert(source)
+            (self._fresh if source.fresh else self.queue).insert(source)
+
+    def drop_job(self, job: object) -> None:
+        """Drop what waits of a map."""
+        self.queue.drop_job(job)
+        self._fresh.drop_job(job)
+        self._drop_cancelled()
 
     # What is tried again
 
@@ -127,23 +134,37 @@ class Feeder:
         if isinstance(source, Call) and not source.give_back():
             self._counts.cancelled += 1
         elif seconds <= 0:
-            self._queue_again(source)
+            self.put_back(source)
         else:
-            heapq.heappush(self._delayed, (now() + seconds, source.order, source))
+            heapq.heappush(self._delayed, (now() + seconds, next(self._numbers), source))
+            if source.is_cancelled():  # just now: whoever did that saw nothing that waits
+                self._drop_cancelled()
             self.look_for_due()
 
     def look_for_due(self) -> None:
         """Queue what has waited long enough, and see that the loop turns when the next one has."""
         while self._delayed and self._delayed[0][0] <= now():
-            self._queue_again(heapq.heappop(self._delayed)[2])
+            self.put_back(heapq.heappop(self._delayed)[2])
         if self._delayed:
             self._loop.wake_by(self._delayed[0][0])
 
-    def _queue_again(self, source: Source) -> None:
-        if source.fresh and self.broken is None and not self.terminating:
-            self._fresh.append(source)
-        else:
-            self.put_back(source)
+    def cancelled(self) -> None:
+        """A call was cancelled that was not out with a worker: see that the end does not wait for it. From any thread."""
+        if self._delayed and not self._will_drop:
+            self._will_drop = True
+            self._loop.post(self._drop_cancelled, None)
+
+    def _drop_cancelled(self, _: None = None) -> None:
+        """Forget what was cancelled while it waited for its next attempt."""
+        self._will_drop = False
+        waiting = []
+        for entry in self._delayed:
+            if not entry[2].is_cancelled():
+                waiting.append(entry)
+            elif isinstance(entry[2], Call):
+                self._counts.cancelled += 1
+        heapq.heapify(waiting)
+        self._delayed = waiting
 
     def __len__(self) -> int:
         """How many calls, and pieces of maps, wait: for a worker, or for their next attempt."""
@@ -151,8 +172,9 @@ class Feeder:
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether something waits for a new worker; then those that are done with a task wait for a decision."""
-        return bool(self._fresh)
+        """Whether the next one waits for a new worker; then those that are done with a task wait for a decision."""
+        fresh, queue = self._fresh, self.queue
+        return bool(fresh) and (not queue or fresh.first().priority >= queue.first().priority)
 
     @property
     def can_feed(self) -> bool:
@@ -161,22 +183,19 @@ class Feeder:
 
     def _feed_fresh(self) -> None:
         """Give each of what must run alone on a new worker one; where there is no room an old worker makes some."""
-        for _ in range(len(self._fresh)):
+        while self.waits_for_room:
+            if self._fresh.first().is_cancelled():
+                self._unit_of(self._fresh.pop())
+                continue
             worker = self._crew.take_fresh()
             if worker is None:
+                self._crew.start_fresh(len(self._fresh))
                 break
-            unit = self._unit_of(self._fresh.popleft())
+            unit = self._unit_of(self._fresh.pop())
             if unit is None:
                 self._crew.make_idle(worker)
             else:
                 self._send(worker, [unit])
-        self._drop_cancelled()
-        if self._fresh:
-            self._crew.start_fresh(len(self._fresh))
-
-    def _drop_cancelled(self) -> None:
-        while self._fresh and self._fresh[0].is_cancelled():
-            self._unit_of(self._fresh.popleft())
 
     def _unit_of(self, source: Source) -> Unit | None:
         """Return the unit that a single task makes; None if it was cancelled."""
@@ -192,8 +211,7 @@ class Feeder:
 
     def feed(self) -> None:
         """Give what waits to workers: to idle ones, to new ones where there is room, and ahead to busy ones."""
-        if self._fresh:
-            self._feed_fresh()
+        self._feed_fresh()
         while self.queue:
             worker = self._crew.take_idle()
             if worker is None:
@@ -201,6 +219,7 @@ class Feeder:
             if not self.send_next(worker):
                 self._crew.make_idle(worker)
                 break
+        self._feed_fresh()
         if self.queue:
             self._crew.start_for(self.queue)
         if self.queue and self._settings.max_tasks is None:
@@ -219,7 +238,7 @@ class Feeder:
             if unit is None:
                 break
             units.append(unit)
-            if isinstance(unit, Range) or not unit.is_small():
+            if isinstance(unit, Range) or not unit.is_small() or self.waits_for_room:
                 break
         if not units:
             return False

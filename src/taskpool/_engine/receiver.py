@@ -134,7 +134,7 @@ class Receiver:
         ok = frame.kind in RESULTS
         policy = unit.options.retry
         if self._settings.listeners or (policy is not None and policy.judges(ok=ok)):
-            settled = settled_by(frame, worker.name, 1)
+            settled = settled_by(frame, worker.name, unit.attempt)
             self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)
         if ok:
@@ -205,8 +205,7 @@ class Receiver:
     def _fail_item(self, worker: WorkerHandle, unit: Unit, item: int, outcome: RawOutcome, kind: How) -> None:
         """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
         started = worker.channel.page.current()[2]
-        attempts = unit.piece.attempt if isinstance(unit, Range) else 1
-        settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, attempts)
+        settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, unit.attempt)
         self.retries.consider(Ended(unit, settled, kind))
         if isinstance(unit, Range):
             self._counts.rerun += max(0, item - unit.next)

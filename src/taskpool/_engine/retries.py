@@ -16,6 +16,7 @@ from taskpool._engine.feeder import Feeder
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Source, Unit
 from taskpool._map import Settled
+from taskpool._retry import Attempts
 from taskpool.events import How, TaskEnded, TaskRetried
 
 # How an attempt ended, as `Counts` has it.
@@ -85,9 +86,10 @@ class Retries:
         self._callbacks.run(lambda: self._decide(number, ended))
 
     def _decide(self, number: int, ended: Ended) -> None:
+        """Ask the policy. On the callback thread."""
         decided = [Decided(ended, None, None)]
         try:
-            decided = _decide(ended)
+            decided = [_decide_one(ended._replace(settled=settled)) for settled in ended.settled.singly()]
         finally:  # whatever raises there, the attempt has an end
             self._loop.post(self.decided, (number, decided))
 
@@ -108,8 +110,10 @@ class Retries:
 
     def _settle(self, ended: Ended) -> None:
         kind, settled = ended.kind, ended.settled
-        if kind in (FINISHED, FAILED):  # the policy may have made one of the other
-            kind = FINISHED if settled.outcome.ok else FAILED
+        if settled.outcome.ok:  # the policy may have made one of the other
+            kind = FINISHED
+        elif kind == FINISHED:
+            kind = FAILED
         setattr(self._counts, kind, getattr(self._counts, kind) + settled.items)
         if kind == CANCELLED:
             ended.unit.settle_cancelled(settled)
@@ -154,16 +158,12 @@ class Retries:
         self._undecided.clear()
 
 
-def _decide(ended: Ended) -> list[Decided]:
-    """Ask the policy about each item. On the callback thread."""
-    return [_decide_one(ended._replace(settled=settled)) for settled in ended.settled.singly()]
-
-
 def _decide_one(ended: Ended) -> Decided:
     unit, settled = ended.unit, ended.settled
-    attempts = unit.attempts_of(settled.item)
+    assert unit.options.retry is not None
+    attempts = unit.attempts or Attempts(unit.options.retry, unit.name)
     number = attempts.number
     wait, outcome = attempts.decide(unit.bare(settled.outcome), settled.seconds)
     ended = ended._replace(settled=settled._replace(outcome=unit.wrapped(outcome), attempts=number))
-    again = None if wait is None else unit.again(settled.item, fresh=ended.kind in (TIMED_OUT, CRASHED))
+    again = None if wait is None else unit.again(settled.item, attempts, fresh=ended.kind in (TIMED_OUT, CRASHED))
     return Decided(ended, wait, again)

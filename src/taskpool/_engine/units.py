@@ -81,7 +81,7 @@ class Call:
             index=self.order,
             count=1,
             seconds=self.options.task_timeout or 0.0,
-            attempt=1 if self.attempts is None else self.attempts.number,
+            attempt=self.attempt,
         )
         return [head, self._payload.stream, *self._payload.buffers]
 
@@ -153,16 +153,15 @@ class Call:
         """Return what tells the task apart."""
         return self.future.task_id
 
-    def attempts_of(self, _index: int) -> Attempts:
-        """Return what is known of its attempts."""
-        if self.attempts is None:
-            assert self.options.retry is not None
-            self.attempts = Attempts(self.options.retry, self.name)
-        return self.attempts
+    @property
+    def attempt(self) -> int:
+        """Which attempt it makes, from 1."""
+        return 1 if self.attempts is None else self.attempts.number
 
-    def again(self, _index: int, *, fresh: bool) -> Call:
+    def again(self, _index: int, attempts: Attempts, *, fresh: bool) -> Call:
         """Return what runs in the next attempt."""
         self.id = next(_ids)
+        self.attempts = attempts
         self.fresh = fresh
         return self
 
@@ -177,8 +176,13 @@ class Piece:
         self.payload = payload
         self.items = items  # kept in case that they must be sent singly
         self.todo = [(0, len(items))]
-        self.attempt = 1
+        self.attempts: Attempts | None = None  # of a single item that has failed and is tried again
         self.fresh = False  # whether it must run on a new worker, alone
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt its items make, from 1."""
+        return 1 if self.attempts is None else self.attempts.number
 
     @property
     def priority(self) -> int:
@@ -276,7 +280,7 @@ class Range:
             index=self.next,
             count=self.stop - self.next,
             seconds=self.options.task_timeout or 0.0,
-            attempt=self.piece.attempt,
+            attempt=self.attempt,
         )
         return [head, self.piece.payload.stream, *self.piece.payload.buffers]
 
@@ -299,7 +303,7 @@ class Range:
 
     def receive(self, frame: Frame, worker: str) -> bool:
         """Take the outcome of one or more items; return whether the range is finished with it."""
-        self.settle(settled_by(frame, worker, self.piece.attempt))
+        self.settle(settled_by(frame, worker, self.attempt))
         return self.advance(frame)
 
     def advance(self, frame: Frame) -> bool:
@@ -354,19 +358,22 @@ class Range:
         """Return what tells an item apart."""
         return f"{self.job.id}:{self.piece.first + index}"
 
-    def attempts_of(self, index: int) -> Attempts:
-        """Return what is known of an item's attempts."""
-        job, key = self.job, self.piece.first + index
-        if key not in job.attempts:
-            assert job.options.retry is not None
-            job.attempts[key] = Attempts(job.options.retry, self.name)
-        return job.attempts[key]
+    @property
+    def attempts(self) -> Attempts | None:
+        """What is known of earlier attempts, of its only item."""
+        return self.piece.attempts
 
-    def again(self, index: int, *, fresh: bool) -> Piece | None:
+    @property
+    def attempt(self) -> int:
+        """Which attempt it makes, from 1."""
+        return self.piece.attempt
+
+    def again(self, index: int, attempts: Attempts, *, fresh: bool) -> Piece | None:
         """Return what runs in the next attempt of an item; None if there is no point. Pickles it: user code runs."""
         pieces = [] if self.job.cancelled else self.piece.singly(index, index + 1)
         for piece in pieces:
-            piece.attempt = self.attempts_of(index).number
+            piece.order = self.order
+            piece.attempts = attempts
             piece.fresh = fresh
         return pieces[0] if pieces else None
 

@@ -47,7 +47,7 @@ class WorkersBackend(Backend):
             idle_timeout=setup.idle_timeout,
             listeners=setup.listeners,
         )
-        self._dispatcher = Dispatcher(host, settings, self.left_queue)
+        self._dispatcher = Dispatcher(host, settings, super().left_queue)
 
     def submit(
         self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
@@ -80,6 +80,11 @@ class WorkersBackend(Backend):
             self._dispatcher.drop(job)
 
     # What futures ask for
+
+    def left_queue(self, future: TaskFuture[Any]) -> None:
+        """Free the place of a task that was cancelled while it waited, and have the engine forget it."""
+        super().left_queue(future)
+        self._dispatcher.cancelled()
 
     def stop(self, future: TaskFuture[Any]) -> None:
         """Have a running task stopped."""
