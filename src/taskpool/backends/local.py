@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import sys
 import threading
@@ -23,6 +24,8 @@ from taskpool.backends.base import Setup
 from taskpool.errors import RemoteError, TaskTimeoutError
 from taskpool.events import How, TaskEnded, TaskRetried
 
+_orders = itertools.count()
+
 
 class TaskInterrupt(BaseException):
     """Raised inside a task that must end. Not an Exception, so that ordinary handlers let it pass."""
@@ -41,6 +44,7 @@ class LocalTask:
         self.options = options
         self.name: str = name
         self.id: str = task_id
+        self.order: int = next(_orders)  # its place among equals; it keeps it for all its attempts
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
 
     def claim(self) -> bool:
@@ -59,8 +63,8 @@ class LocalTask:
         """Note how far it says it is."""
         raise NotImplementedError
 
-    def pause(self, seconds: float, ended: threading.Event) -> None:
-        """Wait for its next attempt in this thread, and no longer than until it is cancelled or everything ends."""
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
         raise NotImplementedError
 
     def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
@@ -112,12 +116,17 @@ class LocalTask:
 
 
 class Ran(NamedTuple):
-    """An attempt that was made here: when it began (monotonic), how long it took, in which thread."""
+    """An attempt that was made here: when it began (monotonic), how long it took, in which thread, which one it is."""
 
     started: float
     seconds: float
-    worker: str
+    worker: str | None
     attempts: int
+
+
+def not_run(task: LocalTask) -> Ran:
+    """Return what there is to say of a task whose next attempt is not made."""
+    return Ran(0.0, 0.0, None, task.attempt - 1)
 
 
 class LocalCall(LocalTask):
@@ -151,10 +160,9 @@ class LocalCall(LocalTask):
         """Note it on the future."""
         self.future.progress = done, total
 
-    def pause(self, seconds: float, ended: threading.Event) -> None:
-        """Wait until the future is resolved: it is cancelled, here or by the end."""
-        if not ended.is_set():
-            self.future.sleep(seconds)
+    def is_cancelled(self) -> bool:
+        """Whether the future is resolved."""
+        return self.future.done()
 
     def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
         """Resolve the future."""
@@ -174,7 +182,7 @@ class LocalItem(LocalTask):
         self.job = job
         self._index = index
         self._item = item
-        self._settled = False
+        self._unsettled = threading.Lock()  # taken by whoever settles it
 
     def claim(self) -> bool:
         """Take it off the queue; False if the map was cancelled or its time is over."""
@@ -187,22 +195,20 @@ class LocalItem(LocalTask):
 
     def give_back(self) -> bool:
         """Return whether anybody still wants it."""
-        return not self.job.cancelled
+        return not self.is_cancelled()
 
     def report(self, done: float, total: float) -> None:
         """Note it with the map."""
         self.job.report(self._index, done, total)
 
-    def pause(self, seconds: float, ended: threading.Event) -> None:
-        """Wait until the end, of everything or of the map's time."""
-        deadline = self.job.deadline
-        ended.wait(seconds if deadline is None else min(seconds, max(0.0, deadline - time.monotonic())))
+    def is_cancelled(self) -> bool:
+        """Whether the map was."""
+        return self.job.cancelled
 
     def settle(self, outcome: RawOutcome | None, run: Ran) -> bool:
         """Give the map its outcome; None is a cancellation."""
-        if self._settled:
+        if not self._unsettled.acquire(blocking=False):
             return False
-        self._settled = True
         if outcome is None:
             outcome = Failure(CancelledError())  # not asked for where it was the map that was cancelled
         elif outcome.ok:

@@ -25,6 +25,7 @@ from taskpool.backends.local import (
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    not_run,
     run_task,
     stack_of,
     timed_out,
@@ -52,7 +53,8 @@ class SerialBackend(Backend):
         self._running: list[LocalRun] = []
         self._initialized = False
         self._broken: BaseException | None = None  # what the initializer raised
-        self._ended = threading.Event()  # nothing is tried again
+        self._is_over = False  # nothing is tried again
+        self._sleepers: list[threading.Lock] = []  # of callers that wait for a next attempt
         self._counts: dict[str, int] = dict.fromkeys(("finished", "failed", "timed_out", "cancelled", "retried"), 0)
 
     def submit(
@@ -95,16 +97,29 @@ class SerialBackend(Backend):
 
     def _run(self, task: LocalTask, deadline: float | None = None) -> None:
         """Run a task, as often as its policy asks for; the caller sleeps in between, as the worker that it is."""
-        wait: float | None = 0.0
-        while wait is not None:
-            if not task.claim():
-                self._counts["cancelled"] += 1
-                return
+        while task.claim():
             wait = self._attempt(task, deadline)
-            if wait is not None:
-                if not task.give_back():
-                    return
-                task.pause(wait, self._ended)
+            if wait is None:
+                return
+            if not task.give_back():
+                break
+            self._sleep(wait if deadline is None else min(wait, max(0.0, deadline - time.monotonic())))
+            if self._is_over:
+                task.settle(None, not_run(task))
+                break
+        self._counts["cancelled"] += 1
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait so many seconds, and no longer than until nothing is tried again."""
+        # On a lock of its own: see `TaskFuture.sleep`.
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self._sleepers.append(sleeper)
+        try:
+            if not self._is_over:  # whoever sets it from here on finds the sleeper
+                sleeper.acquire(timeout=seconds)
+        finally:
+            self._sleepers.remove(sleeper)
 
     def _attempt(self, task: LocalTask, deadline: float | None) -> float | None:
         """Run it once; return the seconds until the next attempt, or settle it and return None."""
@@ -129,7 +144,7 @@ class SerialBackend(Backend):
         return self._conclude(task, outcome, ran, timed_out=run.timed_out)
 
     def _conclude(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> float | None:
-        if outcome is not None and not self._ended.is_set():
+        if outcome is not None and not self._is_over:
             wait, outcome = task.judge(outcome, ran.seconds)
             if wait is not None:
                 self._counts["retried"] += 1
@@ -182,11 +197,19 @@ class SerialBackend(Backend):
             self._stop_target(job)
 
     def close(self, *, cancel: bool) -> None:
-        """There is nothing to end but the thread of the limits."""
+        """What runs may finish; what waits for its next attempt is cancelled if `cancel` says so."""
+        if cancel:
+            self._end_retries()
+
+    def _end_retries(self) -> None:
+        self._is_over = True
+        for sleeper in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):  # it has been woken before
+                sleeper.release()
 
     def terminate(self, kill_at: float) -> None:
-        """Ask what runs to end."""
-        self._ended.set()
+        """Ask what runs to end, and cancel what waits for its next attempt."""
+        self._end_retries()
         for run in list(self._running):
             run.interrupt(has_timed_out=False)
 

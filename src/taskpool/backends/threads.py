@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
+
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Failure, RawOutcome, TaskFuture
@@ -26,6 +28,7 @@ from taskpool.backends.local import (
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    not_run,
     run_task,
     stack_of,
     timed_out,
@@ -50,13 +53,13 @@ class ThreadBackend(Backend):
         )
         self._alarms = Alarms(setup.name)
         self._heap: list[tuple[int, int, LocalTask]] = []
-        self._order = itertools.count()
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
         self._changed = threading.Condition()
         self._threads: set[WorkerThread] = set()
         self._numbers = itertools.count(1)
         self._closing = False
         self._is_over = False  # nothing is tried again
+        self._undecided: set[Ended] = set()  # attempts, until it is known what follows
         self._waiting: dict[LocalTask, None] = {}  # for their next attempt, in the order of their failures
         self._broken: BaseException | None = None
         self._counts: dict[str, int] = dict.fromkeys(
@@ -81,20 +84,21 @@ class ThreadBackend(Backend):
         self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
-        """Free the place of a task that waits no longer, and its arguments if it was cancelled."""
+        """Free the place of a task that waits no longer, and forget it if it was cancelled."""
         super().left_queue(future)
         call = self._calls.pop(id(future), None)
         if call is not None and future.cancelled():
             call.drop()
+            self._forget(call)
 
     def _queue(self, tasks: Sequence[LocalTask]) -> None:
         with self._changed:
             for task in tasks:
-                heapq.heappush(self._heap, (-task.options.priority, next(self._order), task))
+                heapq.heappush(self._heap, (-task.options.priority, task.order, task))
             idle = sum(thread.task is None for thread in self._threads)
             for _ in range(min(len(self._heap) - idle, self.workers - len(self._threads))):
                 self._start_thread()
-            self._changed.notify(len(tasks))
+            self._changed.notify(len(tasks) if not self._closing else len(self._threads) + len(tasks))
 
     def _start_thread(self) -> None:
         thread = WorkerThread(self, f"{self.setup.name}-thread-{next(self._numbers)}")
@@ -140,42 +144,76 @@ class ThreadBackend(Backend):
         if limit is not None:
             self._alarms.set(thread, time.monotonic() + limit, lambda: self._limit_passed(thread, task))
 
-    def ended(self, thread: WorkerThread, task: LocalTask, outcome: RawOutcome | None, began: float) -> None:
+    def ended(self, thread: WorkerThread, task: LocalTask, outcome: RawOutcome | None) -> None:
         """A thread has left a task."""
         with self._changed:
             if thread.abandoned:
                 return  # the task was given its end before
             thread.task = None
+            ended = self._ended(thread, task, outcome)
         if task.options.task_timeout is not None or thread.interrupted:
             self._alarms.clear(thread)
-        ran = Ran(began, time.monotonic() - began, thread.name, task.attempt)
-        self._conclude(task, outcome, ran, timed_out=thread.timed_out)
+        self._conclude(ended)
 
-    def _conclude(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> None:
-        """Settle a task, or have it tried again."""
-        if outcome is not None and not self._is_over:
-            wait, outcome = task.judge(outcome, ran.seconds)
-            if wait is not None:
-                task.tell_retried(self.setup, outcome.decode()[1], wait)
+    def _ended(self, thread: WorkerThread, task: LocalTask, outcome: RawOutcome | None) -> Ended:
+        """Note an attempt: the end waits until it is known what follows."""
+        ran = Ran(thread.began, time.monotonic() - thread.began, thread.name, task.attempt)
+        ended = Ended(task, outcome, ran, thread.timed_out)
+        self._undecided.add(ended)
+        return ended
+
+    def _conclude(self, ended: Ended) -> None:
+        """Settle a task, or have it tried again. User code runs here."""
+        task, wait, outcome = ended.task, None, ended.outcome
+        try:
+            if outcome is not None and not self._is_over:
+                wait, outcome = task.judge(outcome, ended.ran.seconds)
+            if wait is None or self._is_over:
+                self._settle(attrs.evolve(ended, outcome=outcome))
+            else:
+                if outcome is not None:
+                    task.tell_retried(self.setup, outcome.decode()[1], wait)
                 self._try_again(task, wait)
-                return
-        if task.settle(outcome, ran):
-            how = kind_of(outcome, timed_out=timed_out)
+        finally:
+            with self._changed:
+                self._undecided.discard(ended)
+                if self._closing:
+                    self._changed.notify_all()
+
+    def _settle(self, ended: Ended) -> None:
+        if ended.task.settle(ended.outcome, ended.ran):
+            how = kind_of(ended.outcome, timed_out=ended.timed_out)
             self._counts[how] += 1
-            task.tell_ended(self.setup, how, outcome, ran)
+            ended.task.tell_ended(self.setup, how, ended.outcome, ended.ran)
+
+    # What is tried again
 
     def _try_again(self, task: LocalTask, wait: float) -> None:
         """Have its next attempt queued after so many seconds, unless it is cancelled."""
+        if isinstance(task, LocalCall):
+            self._calls[id(task.future)] = task
         if not task.give_back():
             self._counts["cancelled"] += 1
             return
         self._counts["retried"] += 1
         with self._changed:
             self._waiting[task] = None
-        if self._is_over:  # set before what waits is refused, so one of the two finds it
-            self._refuse_waiting()
-        else:
+        if wait > 0:
             self._alarms.set(task, time.monotonic() + wait, lambda: self._queue_again(task))
+        if self._is_over:  # set before what waits is refused, so one of the two finds it; so for what is cancelled
+            self._refuse_waiting()
+        elif task.is_cancelled():
+            self._forget(task)
+        elif wait <= 0:
+            self._queue_again(task)
+
+    def _forget(self, task: LocalTask) -> None:
+        """Drop a task that was cancelled, if it waits for its next attempt."""
+        with self._changed:
+            if self._waiting.pop(task, 0) is None:
+                self._counts["cancelled"] += isinstance(task, LocalCall)
+                self._alarms.clear(task)
+                self._changed.notify_all()
 
     def _queue_again(self, task: LocalTask) -> None:
         with self._changed:
@@ -183,13 +221,13 @@ class ThreadBackend(Backend):
         if is_waiting:
             self._queue([task])
 
-    def _refuse_waiting(self) -> None:
+    def _refuse_waiting(self, error: BaseException | None = None) -> None:
         with self._changed:
             waiting, self._waiting = self._waiting, {}
             self._changed.notify_all()
         for task in waiting:
             self._alarms.clear(task)
-            self._refuse(task, None)
+            self._refuse(task, None if error is None else _failure(error))
 
     def initialized(self, thread: WorkerThread) -> None:
         """A thread is ready."""
@@ -204,6 +242,7 @@ class ThreadBackend(Backend):
             self._changed.notify_all()
         for _priority, _order, task in waiting:
             self._refuse(task, _failure(error))
+        self._refuse_waiting(error)
 
     # Stopping tasks
 
@@ -231,14 +270,13 @@ class ThreadBackend(Backend):
             if thread.task is not task:
                 return
             thread.abandoned = True
+            ended = self._ended(thread, task, timed_out(task, thread.stack) if thread.timed_out else None)
             self._threads.discard(thread)
             self._counts["replaced"] += 1
             if self._heap and not self._broken:
                 self._start_thread()
             self._changed.notify_all()
-        outcome = timed_out(task, thread.stack) if thread.timed_out else None
-        took = time.monotonic() - thread.began
-        self._conclude(task, outcome, Ran(thread.began, took, thread.name, task.attempt), timed_out=thread.timed_out)
+        self._conclude(ended)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a thread runs this future's task."""
@@ -253,6 +291,9 @@ class ThreadBackend(Backend):
         with self._changed:
             self._heap = [entry for entry in self._heap if not entry[2].owns(job)]
             heapq.heapify(self._heap)
+            waiting = [task for task in self._waiting if task.owns(job)]
+        for task in waiting:
+            self._forget(task)
         if stop:
             self._stop_target(job)
 
@@ -266,11 +307,14 @@ class ThreadBackend(Backend):
             if cancel:
                 self._is_over = True
                 waiting, self._heap = self._heap, []
+            undecided = list(self._undecided)
             self._changed.notify_all()
         for _priority, _order, task in waiting:
             self._refuse(task, None)
         if cancel:
             self._refuse_waiting()
+            for ended in undecided:
+                self._settle(ended)
 
     def terminate(self, kill_at: float) -> None:
         """Cancel what is queued, and ask what runs to end."""
@@ -282,17 +326,17 @@ class ThreadBackend(Backend):
                 self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
 
     def _refuse(self, task: LocalTask, outcome: RawOutcome | None) -> None:
-        if task.settle(outcome, Ran(0.0, 0.0, "", task.attempt - 1)):
+        if task.settle(outcome, not_run(task)):
             self._counts["cancelled" if outcome is None else "failed"] += 1
         if isinstance(task, LocalCall):
             self.left_queue(task.future)
 
     def join(self, timeout: float | None) -> bool:
-        """Wait until every thread that was not abandoned has ended."""
+        """Wait until every thread that was not abandoned has ended, and nothing waits for its next attempt."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             own = [thread for thread in self._threads if thread is not threading.current_thread()]
-            if not self._changed.wait_for(lambda: not self._threads.difference([threading.current_thread()]), timeout):
+            if not self._changed.wait_for(self._has_ended, timeout):
                 return False
         for thread in own:
             if thread.abandoned or thread.task is not None:
@@ -300,6 +344,10 @@ class ThreadBackend(Backend):
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._alarms.close()
         return True
+
+    def _has_ended(self) -> bool:
+        others = self._threads.difference([threading.current_thread()])
+        return not (others or self._waiting or self._undecided)
 
     def is_own_thread(self) -> bool:
         """Whether this is one of the threads."""
@@ -310,8 +358,18 @@ class ThreadBackend(Backend):
         with self._changed:
             running = sum(thread.task is not None for thread in self._threads)
             workers = len(self._threads)
-            queued = len(self._heap)
+            queued = len(self._heap) + len(self._waiting)
         return Stats(workers=workers, idle=workers - running, running=running, queued=queued, **self._counts)
+
+
+@attrs.frozen(eq=False)
+class Ended:
+    """An attempt that has ended: of which task, with what (None is a cancellation), and why."""
+
+    task: LocalTask
+    outcome: RawOutcome | None
+    ran: Ran
+    timed_out: bool
 
 
 class WorkerThread(threading.Thread):
@@ -349,7 +407,7 @@ class WorkerThread(threading.Thread):
             outcome = self._run_interruptibly(task)
         if self.interrupted:  # also if the task swallowed it and went on to an end of its own
             outcome = timed_out(task, self.stack) if self.timed_out else None
-        self._backend.ended(self, task, outcome, self.began)
+        self._backend.ended(self, task, outcome)
         self.interrupted = self.timed_out = False
 
     def _run_interruptibly(self, task: LocalTask) -> RawOutcome | None:
