@@ -207,6 +207,41 @@ def sleep_in_steps(seconds: float) -> None:
         time.sleep(0.005)
 
 
+# ---------------------------------------------------------------------------------------------- attempts
+
+
+def in_turn(path: Path, *steps: tuple[Any, ...]) -> Any:
+    """Note this process, and do what is planned for this attempt: (function, *arguments); the last step stays."""
+    note(path, os.getpid())
+    number = len(path.read_text().splitlines())
+    return call(steps[min(number, len(steps)) - 1])
+
+
+def sleep_and_fail(seconds: float, kind: type[BaseException]) -> NoReturn:
+    """Raise an exception after a while."""
+    time.sleep(seconds)
+    raise kind
+
+
+def hold_and_fail(started: Path, release: Path, kind: type[BaseException]) -> NoReturn:
+    """Do as `hold` does, and raise."""
+    hold(started, release)
+    raise kind
+
+
+def hold_and_die(started: Path, release: Path) -> NoReturn:
+    """Do as `hold` does, and kill this process."""
+    hold(started, release)
+    kill_itself()
+
+
+def current_attempt() -> int:
+    """Return which attempt this is, as the task itself is told."""
+    task = taskpool.current_task()
+    assert task is not None
+    return task.attempt
+
+
 # ---------------------------------------------------------------------------------------------- ways to hang
 
 
@@ -626,6 +661,23 @@ class NoText(Exception):
         raise RuntimeError("no text")
 
     __repr__ = __str__
+
+
+class ExitsAtText(Exception):
+    """Ends the thread that asks for its text."""
+
+    def __str__(self) -> str:
+        """Leave."""
+        raise SystemExit("no text")
+
+    __repr__ = __str__
+
+
+def fail_with_odd_notes() -> NoReturn:
+    """Raise an exception to which no note can be added."""
+    error = ValueError("odd notes")
+    error.__notes__ = ("a tuple",)  # type: ignore[assignment]
+    raise error
 
 
 class UnpicklableNoText(NoText):
