@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from taskpool import progress
@@ -15,6 +15,7 @@ from taskpool._options import TaskOptions
 from taskpool._outcome import Outcome
 from taskpool._results import MapResults
 from taskpool._task import TaskFuture
+from taskpool.errors import QueueFullError
 
 if TYPE_CHECKING:
     from taskpool._executor import Executor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+M = TypeVar("M", bound=MapResults)
 
 
 class MapOptions(TypedDict, total=False):
@@ -86,7 +88,9 @@ class Calls:
     async def run(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Have `fn(*args, **kwargs)` run in a worker, and wait for its result in asyncio.
 
-        Cancelling the awaiting task stops the worker's. The event loop is not blocked, also not by `max_pending`.
+        Cancelling the awaiting task stops the worker's, and so does closing the event loop. The loop is not blocked,
+        also not by `max_pending`; only the pickling of the arguments takes its time in the loop's thread, and on the
+        serial backend the task itself.
 
         Args:
             fn: What to call.
@@ -101,7 +105,38 @@ class Calls:
         """
         if self._executor._backend.setup.max_pending is None:
             return await self.submit(fn, *args, **kwargs)
-        return await (await _submitted_elsewhere(lambda: self.submit(fn, *args, **kwargs)))
+        return await (await self._submit_when_free(fn, *args, **kwargs))
+
+    async def _submit_when_free(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]:
+        """Submit once there is a place: in one step and in this thread, so a wait that is cancelled has submitted nothing.
+
+        Raises:
+            QueueFullError: If there is none within `submit_timeout`.
+        """
+        import asyncio
+
+        from taskpool._loops import Visit
+
+        slots, seconds = self._executor._backend._slots, self._options.submit_timeout
+        at_once = self.options(submit_timeout=0)
+        visit = Visit(stop=lambda: None)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                while True:
+                    if slots.is_full:
+                        visit.arrived.clear()
+                        slots.enter(visit)
+                        await visit.arrived.wait()
+                    with contextlib.suppress(QueueFullError):  # another one was quicker
+                        return at_once.submit(fn, *args, **kwargs)
+        except TimeoutError:
+            if limit.expired():
+                raise slots.full(seconds) from None
+            raise
+        finally:
+            slots.leave(visit)
+            visit.leave()
 
     # Many items
 
@@ -186,7 +221,13 @@ class Calls:
 
     @overload
     def aoutcomes(
-        self, fn: Callable[[T], R], iterable: Iterable[T], /, *, ordered: bool = ..., **how: Unpack[MapOptions]
+        self,
+        fn: Callable[[T], R],
+        iterable: Iterable[T] | AsyncIterable[T],
+        /,
+        *,
+        ordered: bool = ...,
+        **how: Unpack[MapOptions],
     ) -> AsyncGenerator[Outcome[T, R]]: ...
 
     @overload
@@ -202,27 +243,41 @@ class Calls:
     ) -> AsyncGenerator[Outcome[Any, R]]: ...
 
     def aoutcomes(
-        self, fn: Callable[..., Any], /, *iterables: Iterable[Any], ordered: bool = False, **how: Unpack[ZipOptions]
+        self, fn: Callable[..., Any], /, *iterables: Any, ordered: bool = False, **how: Unpack[ZipOptions]
     ) -> AsyncGenerator[Outcome[Any, Any]]:
         """Return the records of `outcomes` as an asynchronous iterator, which never blocks the event loop.
 
-        Closing the iterator and cancelling the task that reads it stop what was started. The inputs are read on the
-        event loop's thread. Arguments and errors are those of `outcomes`.
+        It begins when its first record is asked for. Closing it, cancelling the task that reads it, and closing the
+        loop stop what was started. Arguments and errors are those of `outcomes`, and beyond them:
+
+        - A single input may be asynchronous. One task of the loop reads it, and closes it if it is a generator.
+        - Other inputs are read in the loop's thread, a few milliseconds at a time; that may make chunks smaller.
         """
-        return self._start(fn, iterables, how, ordered=ordered, keeps_items=True).aoutcomes()
+        from taskpool._aresults import AsyncResults
+
+        return self._make(AsyncResults, fn, iterables, how, ordered=ordered, keeps_items=True).aoutcomes()
 
     def _start(
+        self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], how: Mapping[str, Any], **more: Any
+    ) -> MapResults:
+        """Check what was asked for, and start it."""
+        results = self._make(MapResults, fn, iterables, how, **more)
+        results.start()
+        return results
+
+    def _make(
         self,
+        kind: type[M],
         fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
+        iterables: tuple[Any, ...],
         how: Mapping[str, Any],
         *,
         star: bool = False,
         eager: bool = False,
         ordered: bool = True,
         keeps_items: bool = False,
-    ) -> MapResults:
-        """Check what was asked for, and start it."""
+    ) -> M:
+        """Check what was asked for, and prepare it."""
         check_callable(fn, "fn")
         for option in how:
             if option not in ZipOptions.__annotations__ and option not in MapOptions.__annotations__:
@@ -233,10 +288,10 @@ class Calls:
         window = check_count(how.get("buffersize"), "buffersize")
         chunksize = check_count(how.get("chunksize"), "chunksize")
         label = progress.check_progress(how.get("progress", False))
-        source = _zipped(iterables, strict=bool(how.get("strict", False)))
+        source = _joined(iterables, strict=bool(how.get("strict", False)), may_be_async=kind is not MapResults)
         self._executor._check_open()
         job = MapJob(fn, star=star or len(iterables) > 1, options=self._options, chunksize=chunksize)
-        results = MapResults(
+        results = kind(
             _Feeder(self._executor),
             job,
             source,
@@ -315,20 +370,24 @@ class _Feeder(MapBackend):
         self._executor._backend.cancel_job(job, stop=stop)
 
 
-def _zipped(iterables: tuple[Iterable[Any], ...], *, strict: bool) -> Iterable[Any]:
+def _joined(iterables: tuple[Any, ...], *, strict: bool, may_be_async: bool) -> Any:
     """Return what a map of several inputs reads, with a length if all have one.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is none, or an asynchronous one where it cannot be read.
         ValueError: If they must be of the same length, and are known not to be.
     """
     if not iterables:
         raise TypeError("a map needs at least one iterable")
+    if len(iterables) == 1 and may_be_async:
+        return iterables[0]
+    if any(isinstance(iterable, AsyncIterable) and not isinstance(iterable, Iterable) for iterable in iterables):
+        raise TypeError("an asynchronous input is read by `aoutcomes`, and by that only where it is the single one")
     if len(iterables) == 1:
         return iterables[0]
     if not all(hasattr(iterable, "__len__") for iterable in iterables):
         return zip(*iterables, strict=strict)
-    lengths = [len(iterable) for iterable in iterables]  # type: ignore[arg-type]
+    lengths = [len(iterable) for iterable in iterables]
     if strict and len(set(lengths)) > 1:
         raise ValueError(f"strict=True needs iterables of the same length, not of {', '.join(map(str, lengths))}")
     return _SizedZip(iterables, min(lengths))
@@ -346,15 +405,3 @@ class _SizedZip:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return zip(*self._iterables, strict=False)
-
-
-async def _submitted_elsewhere(submit: Callable[[], TaskFuture[R]]) -> TaskFuture[R]:
-    """Submit in another thread, since it may wait for a place; a submission that nobody waits for is cancelled."""
-    submission = asyncio.ensure_future(asyncio.to_thread(submit))
-    try:
-        return await asyncio.shield(submission)
-    except asyncio.CancelledError:
-        submission.add_done_callback(
-            lambda done: None if done.cancelled() or done.exception() else done.result().cancel()
-        )
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import sys
@@ -196,16 +195,15 @@ class Executor(Calls, _StandardExecutor):
     ) -> None:
         """Leave `async with`: as `with`, but in another thread, so that the event loop goes on.
 
-        Cancelling this wait stops what runs.
+        Cancelling this wait kills what runs, and the wait goes on until that has ended.
         """
-        ending = asyncio.ensure_future(asyncio.to_thread(self.__exit__, exc_type, error, trace))
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            self._closed = True
-            self._backend.terminate(time.monotonic())
-            await ending
-            raise
+        from taskpool._loops import elsewhere
+
+        await elsewhere(lambda: self.__exit__(exc_type, error, trace), on_cancel=self._kill)
+
+    def _kill(self) -> None:
+        self._closed = True
+        self._backend.terminate(time.monotonic())
 
     def __repr__(self) -> str:
         state = "shut down" if self._closed else "open"

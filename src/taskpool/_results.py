@@ -1,17 +1,16 @@
 """One call of a map, on the caller's side: its input is read ahead by a bound, its results are kept until asked for.
 
 The input is cut into pieces, which the backend takes in the caller's thread. What comes back is handed out as results
-or as `Outcome` records, in the order of the input or as it comes, to a thread or to an event loop.
+or as `Outcome` records, in the order of the input or as it comes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -24,7 +23,6 @@ AHEAD_SECONDS = 20e-3  # ... or as many quick ones as keep it busy for so long,
 MOST_AHEAD = 1024  # ... but no more than so many,
 AHEAD_BYTES = 16 << 20  # ... and no more than take so much memory
 LARGEST_PIECE = 1 << 16  # items that are pickled together
-TURN = 5e-3  # seconds after which an event loop gets its turn, however much there is to hand out
 
 
 class MapResults:
@@ -78,6 +76,9 @@ class MapResults:
         self._is_reading = False
         self._closed = False
         self._wall = time.time() - time.monotonic()
+
+    def start(self) -> None:
+        """Read ahead for the first time: a map begins when it is called, not when its results are asked for."""
         self._feed()
 
     # Input
@@ -110,7 +111,7 @@ class MapResults:
         window = self._window()
         size = 1
         while not self._exhausted and not self._is_late() and time.monotonic() < deadline:
-            room = LARGEST_PIECE if window is None else window - (self._read - self._taken)
+            room = self._room(window)
             # Beside a full window one item at a time would be a piece each: wait until some have been consumed.
             if room <= 0 or (window is not None and room < window // 2 and self._read > self._taken):
                 return
@@ -119,8 +120,14 @@ class MapResults:
             else:
                 size = self._job.chunksize or max(1, room // (2 * self._backend.workers))
             items = self._cut(min(size, room))
-            if items:
-                self._submit(items)
+            if self._exhausted and self._job.total is None:
+                self._job.total = self._read + len(items)
+            if not items:
+                return
+            self._submit(items)
+
+    def _room(self, window: int | None) -> int:
+        return LARGEST_PIECE if window is None else window - (self._read - self._taken)
 
     def _submit(self, items: Sequence[Any]) -> None:
         if self._items is not None:
@@ -128,8 +135,6 @@ class MapResults:
             self._items.update((index, (item, queued)) for index, item in enumerate(items, self._read))
         self._backend.submit_items(self._job, self._read, items)
         self._read += len(items)
-        if self._exhausted and self._job.total is None:
-            self._job.total = self._read
 
     def _is_late(self) -> bool:
         """Whether the call's time is over: what has not been read by then could not be done in time."""
@@ -137,21 +142,24 @@ class MapResults:
 
     def _cut(self, size: int) -> Sequence[Any]:
         if self._sequence is not None:
-            items = self._sequence[self._read : self._read + size]
-            self._exhausted = self._read + len(items) >= len(self._sequence)
-            return items
-        items = []
+            part = self._sequence[self._read : self._read + size]
+            self._exhausted = self._read + len(part) >= len(self._sequence)
+            return part
+        items: list[Any] = []  # keeps what came before an error
         try:
-            items.extend(islice(self._source, size))  # keeps what came before an error
+            self._exhausted = not self._take(items, size)
         except Exception as error:
             self._input_error = error
             self._exhausted = True
         except BaseException:  # Ctrl-C
             self.close(stop=True)
             raise
-        else:
-            self._exhausted = len(items) < size
         return items
+
+    def _take(self, items: list[Any], size: int) -> bool:
+        """Add at most `size` items of the input; return whether there may be more."""
+        items.extend(islice(self._source, size))
+        return len(items) == size
 
     def finish_reading(self, deadline: float) -> None:
         """Read an input of unknown length to its end: the executor is being shut down and finishes what was accepted.
@@ -202,37 +210,6 @@ class MapResults:
         finally:
             self.close(stop=False)
 
-    async def aoutcomes(self) -> AsyncGenerator[Outcome[Any, Any]]:
-        """Hand out a record for each item to a coroutine; the event loop is never blocked. Raises as `outcomes`."""
-        turned = time.monotonic()
-        try:
-            async for settled in self._arriving():
-                for record in self._records(settled):
-                    yield record
-                    if time.monotonic() - turned > TURN:
-                        await asyncio.sleep(0)
-                        turned = time.monotonic()
-        finally:
-            self.close(stop=True)
-
-    async def _arriving(self) -> AsyncGenerator[Settled]:
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        self._job.on_settled = lambda: _call_in(loop, arrived.set)
-        while not self._is_finished():
-            arrived.clear()  # before the look: what comes behind it sets it again
-            settled = self._poll()
-            if settled is not None:
-                yield settled
-                continue
-            try:
-                async with asyncio.timeout(self._left()):
-                    await arrived.wait()
-            except TimeoutError:
-                raise self._timed_out() from None
-
-    def _left(self) -> float | None:
-        return None if self._deadline is None else self._deadline - time.monotonic()
-
     def _next_settled(self) -> Settled | None:
         """Return the next group; None at the end."""
         try:
@@ -245,12 +222,6 @@ class MapResults:
             self.close(stop=True)
             raise
         self._taken += settled.items
-        return settled
-
-    def _poll(self) -> Settled | None:
-        settled = self._job.poll(self._due())
-        if settled is not None:
-            self._taken += settled.items
         return settled
 
     def _due(self) -> int | None:
@@ -267,6 +238,9 @@ class MapResults:
         self._backend.check_process()
         self._is_asked = True
         self._feed()
+        return self._is_over()
+
+    def _is_over(self) -> bool:
         if self._taken < self._read:
             return False
         if self._input_error is not None:
@@ -360,10 +334,3 @@ class MapResults:
     def __del__(self) -> None:
         """Tell those who wait for the end, if nobody ever asked for a result; items that were accepted run on."""
         self._tell_closed()
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(call)
-    except RuntimeError:  # the loop is closed, and nobody waits there any more
-        return

@@ -13,7 +13,6 @@ longer possible, and does nothing. All steps are taken under the future's own lo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
@@ -26,6 +25,7 @@ from concurrent.futures._base import RUNNING as _RUNNING
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskpool._checks import check_seconds
+from taskpool.errors import ForkedExecutorError
 
 T = TypeVar("T")
 
@@ -251,8 +251,48 @@ class TaskFuture(Future[T]):
         return self._exception
 
     def __await__(self) -> Generator[Any, None, T]:
-        """Wait in asyncio; cancelling the awaiting task cancels this one, a running one included."""
-        return asyncio.wrap_future(self).__await__()
+        """Wait in asyncio; cancelling the awaiting task cancels this one, a running one included.
+
+        Closing the coroutine that waits, or its loop, does the same. If several wait for one future, the first of them
+        that is cancelled cancels it for all, as with asyncio's own futures; `asyncio.shield` keeps it from that.
+
+        Raises:
+            asyncio.CancelledError: If the task was cancelled.
+            Exception: As in `result`.
+        """
+        from asyncio import CancelledError as CancelledInLoop
+
+        from taskpool import _loops
+
+        if self._is_resolved():
+            yield  # the loop gets its turn all the same
+        else:
+            yield from self._arrive().__await__()
+        outcome = self._outcome
+        if outcome is not None and outcome.size >= _loops.LARGE:
+            yield from _loops.elsewhere(self._decode).__await__()
+        if self._state != DONE:
+            raise CancelledInLoop
+        return self.result()
+
+    async def _arrive(self) -> None:
+        from taskpool._loops import Visit
+
+        visit = Visit(stop=self._give_up)
+        try:
+            with self._lock:
+                if self._is_resolved():
+                    return
+                self._waiters.append(visit)
+            await visit.arrived.wait()
+        finally:
+            visit.leave()
+            if not self._is_resolved():  # the wait was cancelled, closed or collected
+                self._give_up()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(ForkedExecutorError):  # in a forked child it is not ours to stop
+            self.cancel()
 
     def _wait(self, timeout: float | None) -> None:
         seconds = check_seconds(timeout, "timeout")

@@ -11,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -97,6 +97,13 @@ class Setup:
     listeners: Listeners = attrs.field(factory=Listeners)
 
 
+class Sleeper(Protocol):
+    """Who waits for a place: the lock of a thread, or somebody in an event loop."""
+
+    def release(self) -> None:
+        """Be woken. Must not block."""
+
+
 class Slots:
     """The places of `max_pending`: a task has one from its submission until it leaves the queue.
 
@@ -109,7 +116,12 @@ class Slots:
         self._count = count
         self._holders: set[object] = set()
         self._lock = threading.RLock()  # between threads that take
-        self._sleepers: collections.deque[threading.Lock] = collections.deque()
+        self._sleepers: collections.deque[Sleeper] = collections.deque()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place."""
+        return self._count is not None and len(self._holders) >= self._count
 
     def take(self, holder: object, timeout: float | None, is_own_thread: Callable[[], bool]) -> None:
         """Wait for a place, and take it; where there is no bound do nothing.
@@ -125,12 +137,16 @@ class Slots:
         if self._count is None or self._take(holder):
             return
         if is_own_thread() or not self._wait(holder, timeout):
-            within = "" if timeout is None else f" within submit_timeout={timeout:g} seconds"
-            raise QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
+            raise self.full(timeout)
+
+    def full(self, timeout: float | None) -> QueueFullError:
+        """Return the error that says that there was no place."""
+        within = "" if timeout is None else f" within submit_timeout={timeout:g} seconds"
+        return QueueFullError(f"max_pending={self._count} tasks are waiting, and none was taken{within}")
 
     def _take(self, holder: object) -> bool:
         with self._lock:
-            if self._count is not None and len(self._holders) >= self._count:
+            if self.is_full:
                 return False
             self._holders.add(holder)
             return True
@@ -151,14 +167,21 @@ class Slots:
                     return False
             finally:
                 if not woken:
-                    self._leave(sleeper)
+                    self.leave(sleeper)
 
-    def _leave(self, sleeper: threading.Lock) -> None:
-        """Sleep no more; a call that came for this one all the same goes on to the next."""
+    def enter(self, sleeper: Sleeper) -> None:
+        """Have `sleeper` released, once, when there is a place, in its turn."""
+        self._sleepers.append(sleeper)
+        if not self.is_full:  # whoever frees a place from the append on finds the sleeper
+            self._wake_one()
+
+    def leave(self, sleeper: Sleeper) -> None:
+        """Sleep no more; a call that came for this one, who has no use for it, goes on to the next."""
         try:
             self._sleepers.remove(sleeper)
         except ValueError:
-            self._wake_one()
+            if not self.is_full:
+                self._wake_one()
 
     def _wake_one(self) -> None:
         with contextlib.suppress(IndexError):
