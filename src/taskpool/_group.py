@@ -16,7 +16,6 @@ otherwise: it raises CancelledError then. In asyncio the interruption of the blo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import math
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from taskpool._checks import check_callable
 from taskpool._current import name_of
@@ -37,6 +36,9 @@ from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
 from taskpool.backends.base import Backend
 from taskpool.errors import CallTimeoutError
+
+if TYPE_CHECKING:
+    from taskpool._loops import Block
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +73,7 @@ class TaskGroup:
         self._clock: queue.SimpleQueue[None] = queue.SimpleQueue()  # ends the thread that waits for the deadline
         self._members = _Members("the group" if name is None else f"group {name!r}")
         self._outer: _Members | None = None
-        self._body: _Body | None = None  # in asyncio
+        self._block: Block | None = None  # in asyncio
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]:
         """Have `fn(*args, **kwargs)` run as a member of the group, with the options of the executor or the view.
@@ -109,6 +111,7 @@ class TaskGroup:
     # The block in a thread
 
     def __enter__(self) -> Self:
+        self._members.open()
         self._enter()
         _innermost.set(self._members)
         return self
@@ -150,7 +153,15 @@ class TaskGroup:
     # The block in asyncio
 
     async def __aenter__(self) -> Self:
-        self._body = self._members.body = _Body()
+        from taskpool._loops import Block
+
+        block = Block(stop=self._members.give_up)
+        try:
+            self._members.open()
+        except RuntimeError:
+            block.end()
+            raise
+        self._block = self._members.block = block
         self._enter()
         return self
 
@@ -165,48 +176,45 @@ class TaskGroup:
             concurrent.futures.CancelledError: If a group around this one is being stopped.
             ForkedExecutorError: If this process was forked in the block.
         """
-        body = self._body
-        assert body is not None
-        body.leave()
+        block = self._block
+        assert block is not None
+        block.leave()
         if self._is_forked(error):
             return
         try:
-            error = self._leave(error, CancelledError, *body.own_cancellation())
-            await self._wait_in_loop(self._bound(error))
+            error = self._leave(error, CancelledError, *block.own_cancellation())
+            await self._wait_in_loop(block, self._bound(error))
         except BaseException:
             self._members.give_up()
-            await self._outlast(self._options.grace + STOP_TIME)
+            await self._outlast(block, self._options.grace + STOP_TIME)
             raise
         finally:
             self._end()
         self._conclude(error)
 
-    async def _wait_in_loop(self, seconds: float) -> None:
+    async def _wait_in_loop(self, block: Block, seconds: float) -> None:
         """Wait until all members have ended, at most so long. Stopping them is left to other threads: they may be many."""
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        self._members.wake = functools.partial(loop.call_soon_threadsafe, news.set)
-        end = loop.time() + seconds
-        alarm = None if end == math.inf else loop.call_at(end, news.set)
-        try:
-            while not self._members.have_ended() and loop.time() < end:
-                await news.wait()
-                news.clear()
-        finally:
-            if alarm is not None:
-                alarm.cancel()
+        if block.is_closed_from_outside():
+            self._wait(seconds)  # its coroutine is closed or collected, and whatever it awaited would never come back
+            return
+        self._members.wake = block.ring
+        end = now() + seconds
+        while not self._members.have_ended() and now() < end:
+            await block.wait(end - now())
 
-    async def _outlast(self, seconds: float) -> None:
+    async def _outlast(self, block: Block, seconds: float) -> None:
         """Wait at most so long, however often the waiting task is cancelled."""
+        from asyncio import CancelledError as CancelledInLoop
+
         end = now() + seconds
         while (left := end - now()) > 0:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._wait_in_loop(left)
+            with contextlib.suppress(CancelledInLoop):
+                await self._wait_in_loop(block, left)
                 break
 
     # Both
 
     def _enter(self) -> None:
-        self._members.open()
         self._outer = _innermost.get()
         if self._outer is not None:
             self._outer.enclose(self._members)
@@ -252,6 +260,8 @@ class TaskGroup:
     def _end(self) -> None:
         self._members.close()
         self._clock.put(None)
+        if self._block is not None:
+            self._block.end()
         if self._outer is not None:
             self._outer.release(self._members)
         if _innermost.get() is self._members:
@@ -267,10 +277,11 @@ class TaskGroup:
         errors = [each for each in (future.exception() for future in failed) if each is not None]
         if members.in_time is not None:
             errors.insert(0, self._timed_out(members.in_time))
-        if error is not None and not any(error is each for each in errors):  # a member's own error, out of `result`
+        is_own = error is not None and not any(error is each for each in errors)  # not a member's, out of `result`
+        if error is not None and is_own:
             errors.append(error)
         if errors:
-            raise BaseExceptionGroup(self._summary(len(failed), error), errors) from None
+            raise BaseExceptionGroup(self._summary(len(failed), block_failed=is_own), errors) from None
         if members.is_stopping:
             raise CancelledError(f"{members.title} was stopped together with the group around it") from None
 
@@ -283,12 +294,12 @@ class TaskGroup:
             finished=finished,
         )
 
-    def _summary(self, failed: int, error: BaseException | None) -> str:
+    def _summary(self, failed: int, *, block_failed: bool) -> str:
         members = self._members
         late = members.in_time is not None
         parts = [f"it did not finish within {self._timeout:g} seconds"] if late else []
         parts += [f"{failed} of {members.submitted} tasks failed"] if failed else []
-        parts += ["the block failed"] if error is not None else []
+        parts += ["the block failed"] if block_failed else []
         return f"{members.title}: {', '.join(parts)}"
 
 
@@ -312,7 +323,7 @@ class _Members:
         self.submitted = 0
         self.in_time: int | None = None  # how many had ended when the time was over; None if it is not
         self.wake: Callable[[], object] | None = None  # wakes whoever leaves the block
-        self.body: _Body | None = None  # the block, in asyncio
+        self.block: Block | None = None  # in asyncio
         self._state = NEW
         self._unfinished: dict[TaskFuture[Any], int] = {}  # with the number of each
         self._failed: list[tuple[int, TaskFuture[Any]]] = []
@@ -364,7 +375,7 @@ class _Members:
         if failed:
             self.give_up()
         if wake is not None:
-            _call(wake)
+            wake()
 
     def have_ended(self) -> bool:
         """Return whether all have ended; from then on there are no others. For whoever leaves the block."""
@@ -418,10 +429,10 @@ class _Members:
             if late:
                 self.in_time = self.submitted - len(self._unfinished)
             wake = self.wake
-        if self.body is not None:
-            self.body.interrupt_soon()
+        if self.block is not None:
+            self.block.interrupt_soon()
         if wake is not None:
-            _call(wake)
+            wake()
         if self._unfinished or self._inner:
             self._stop_elsewhere()
 
@@ -449,41 +460,3 @@ class _Members:
 _NOT_OPEN = {NEW: "not been entered", LEFT: "been left"}
 
 _innermost: ContextVar[_Members | None] = ContextVar("taskpool_group", default=None)  # in whose block this thread is
-
-
-class _Body:
-    """The task of asyncio that runs a block. A failure interrupts what it awaits, as one in `asyncio.TaskGroup` does."""
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("`async with` on a group needs a task of asyncio")
-        self._task = task
-        self._loop = asyncio.get_running_loop()
-        self._requests = task.cancelling()  # to cancel it, from before
-        self._runs = True
-        self._interrupted = False
-
-    def interrupt_soon(self) -> None:
-        """Interrupt it, once. From any thread."""
-        _call(functools.partial(self._loop.call_soon_threadsafe, self._interrupt))
-
-    def _interrupt(self) -> None:
-        if self._runs and not self._interrupted:
-            self._interrupted = True
-            self._task.cancel()
-
-    def leave(self) -> None:
-        """Note that it has ended. An interruption has arrived by then, since the loop sent it while the task waited."""
-        self._runs = False
-        if self._interrupted:
-            self._task.uncancel()
-
-    def own_cancellation(self) -> tuple[type[BaseException], ...]:
-        """Return what comes of the members' being stopped: CancelledError, unless others cancelled the task as well."""
-        return () if self._task.cancelling() > self._requests else (asyncio.CancelledError,)
-
-
-def _call(wake: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
-        wake()

@@ -14,6 +14,8 @@ asyncio is imported here and where this is used, not before: it takes longer tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import threading
 import time
 import weakref
@@ -52,6 +54,71 @@ class Visit:
     def leave(self) -> None:
         """Wait no more. In the loop's thread, or where a coroutine is collected."""
         self._bell.visits.discard(self)
+
+
+class Block:
+    """A block of `async with`, run by the current task, that waits for other threads and may be interrupted by them.
+
+    Args:
+        stop: Called if the loop is closed while the block runs: stops what it has begun. Must not block.
+
+    Raises:
+        RuntimeError: If no task runs.
+    """
+
+    def __init__(self, stop: Callable[[], object]) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("`async with` needs a task of asyncio")
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._visit = Visit(stop)
+        self._requests = task.cancelling()  # to cancel it, from before
+        self._runs = True
+        self._interrupted = False
+        self.ring = self._visit.ring
+
+    def interrupt_soon(self) -> None:
+        """Interrupt what the block awaits, once, as a failure in `asyncio.TaskGroup` does. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._interrupt)
+
+    def _interrupt(self) -> None:
+        if self._runs and not self._interrupted:
+            self._interrupted = True
+            self._task.cancel()
+
+    def leave(self) -> None:
+        """Note that it has ended. An interruption has arrived by then, since the loop sent it while the task waited."""
+        self._runs = False
+        if self._interrupted:
+            self._task.uncancel()
+
+    def own_cancellation(self) -> tuple[type[BaseException], ...]:
+        """Return what comes of an interruption: CancelledError, unless others have cancelled the task as well."""
+        return () if self._task.cancelling() > self._requests else (asyncio.CancelledError,)
+
+    def is_closed_from_outside(self) -> bool:
+        """Whether it is not the task that leaves the block, but whoever closes or collects its coroutine."""
+        try:
+            return asyncio.current_task() is not self._task
+        except RuntimeError:  # no loop runs
+            return True
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until somebody rings, at most so long."""
+        arrived = self._visit.arrived
+        alarm = None if seconds == math.inf else self._loop.call_later(seconds, arrived.set)
+        try:
+            await arrived.wait()
+            arrived.clear()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+
+    def end(self) -> None:
+        """Wait no more."""
+        self._visit.leave()
 
 
 class _Bell:

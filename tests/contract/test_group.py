@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import taskpool
@@ -311,6 +312,7 @@ def test_an_error_out_of_result_comes_once(pool: Pool) -> None:
         bad = group.submit(tasks.fail, ValueError, "once")
         bad.result(PATIENCE)
     assert caught.value.exceptions == (bad.exception(0),)
+    assert "block" not in str(caught.value)
 
 
 @on_pools
@@ -375,6 +377,22 @@ def test_interrupts_at_any_moment(pool: Pool, interrupting: Callable[[float], No
     assert interrupts > 50
     wait_until(lambda: executor.stats().running == 0 and executor.stats().queued == 0)
     assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+
+
+@on_hosts
+def test_an_interrupt_between_a_claim_and_its_sending(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is nobody's then: the group does not wait for it, and the worker that was to have it is replaced."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    executor = pool(1)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    with at_most(STOPPED_WITHIN), executor.group() as group:
+        with monkeypatch.context() as patch, pytest.raises(Interrupt):
+            patch.setattr("taskpool._engine.handle.WorkerHandle.give", interrupt)
+            group.submit(tasks.identity, 1)
+        assert group.submit(tasks.identity, 2).result(PATIENCE) == 2
 
 
 # ---------------------------------------------------------------------------------------------- timeout
@@ -654,10 +672,12 @@ class HeldBackend(BackendContract):
     def __init__(self) -> None:
         super().__init__("held", Setup(name="held", max_workers=1))
         self.stopped: list[TaskFuture[Any]] = []
+        self.meanwhile: Callable[[], object] = lambda: None  # what happens while a call is being accepted
 
     def submit(self, future: TaskFuture[Any], *_: Any) -> None:
         """Take it; it begins at once."""
         future.set_running_or_notify_cancel()
+        self.meanwhile()
 
     def stop(self, future: TaskFuture[Any]) -> None:
         """Note the wish."""
@@ -704,6 +724,23 @@ def test_several_failures_come_in_the_order_of_submission() -> None:
         futures[1].finish(Value("after all"))
     assert list(caught.value.exceptions) == [errors[0], errors[2], errors[3]]
     assert futures[1].result(0) == "after all"
+
+
+def test_a_failure_while_another_member_is_accepted() -> None:
+    """Whoever stops the members may find that one too early, before anybody has it who could be told to stop it."""
+    backend, group = held_group()
+
+    def fail() -> None:
+        futures[0].finish(Failure(ValueError()))
+        wait_until(lambda: backend.stopped)
+        backend.stopped.clear()
+
+    with pytest.raises(ExceptionGroup), group:
+        futures = [group.submit(abs, 1)]
+        backend.meanwhile = fail
+        second = group.submit(abs, 2)
+        assert backend.stopped == [second]
+        second.finish_cancelled()
 
 
 def test_a_member_that_could_not_tell_is_found() -> None:
@@ -934,28 +971,71 @@ def test_async_groups_in_groups(pool: Pool, backend: Backend, tmp_path: Path) ->
         run(main)
 
 
-def test_async_group_needs_a_task(one: taskpool.Executor) -> None:
-    """Outside asyncio there is none to interrupt."""
-    coroutine = one.group().__aenter__()
-    with pytest.raises(RuntimeError):
-        coroutine.send(None)
-
-
-def test_async_a_loop_that_is_closed_meanwhile(one: taskpool.Executor, tmp_path: Path) -> None:
-    """The member that ends behind it tells nobody, and nothing breaks."""
-    loop = asyncio.new_event_loop()
+@on_pools
+def test_async_in_a_scope_of_anyio(pool: Pool, backend: Backend, tmp_path: Path) -> None:
+    """A scope cancels again and again until its block is left: the members are awaited all the same."""
+    executor = pool(1, grace=0.1)
+    futures: list[TaskFuture[Any]] = []
 
     async def main() -> None:
-        group = one.group()
-        await group.__aenter__()
-        futures.append(group.submit(states.fail_behind, tmp_path / "notes", 1, ValueError))
+        with anyio.move_on_after(0.3) as scope:
+            async with executor.group() as group:
+                futures.append(hang(group, backend, tmp_path / "notes"))
+        assert scope.cancelled_caught
+        assert futures[-1].cancelled()
+        with pytest.raises(ExceptionGroup) as caught:
+            async with executor.group() as group:
+                bad = group.submit(tasks.fail, ValueError)
+                await anyio.sleep_forever()
+        assert caught.value.exceptions == (bad.exception(0),)
 
+    with at_most(STOPPED_WITHIN):
+        anyio.run(main)
+
+
+def test_async_misuse(one: taskpool.Executor) -> None:
+    """A group needs a task of asyncio, and is entered once."""
+    with pytest.raises(RuntimeError):
+        one.group().__aenter__().send(None)
+
+    async def main() -> None:
+        async with one.group() as group:
+            with pytest.raises(RuntimeError, match="entered before"):
+                await group.__aenter__()
+        with pytest.raises(RuntimeError, match="entered before"):
+            await group.__aenter__()
+
+    run(main)
+
+
+@on_hosts
+@pytest.mark.parametrize("waits", ["in the block", "while leaving"])
+@pytest.mark.parametrize("what", ["the coroutine", "the loop"])
+def test_async_what_runs_the_block_is_closed(
+    pool: Pool, backend: Backend, tmp_path: Path, what: str, waits: str
+) -> None:
+    """The members are stopped: by the block itself where its coroutine is closed, and as soon as the loop is."""
+    executor = pool(1, grace=0.1)
     futures: list[TaskFuture[Any]] = []
-    loop.run_until_complete(main())
-    loop.close()
-    tasks.note(tmp_path / "notes", "closed")
-    assert isinstance(outcome(futures[0]), ValueError)
-    assert one.submit(tasks.identity, 1).result(PATIENCE) == 1
+
+    async def block() -> None:
+        async with executor.group() as group:
+            futures.append(hang(group, backend, tmp_path / "notes"))
+            if waits == "in the block":
+                await asyncio.Event().wait()
+
+    loop, coroutine = asyncio.new_event_loop(), block()
+    task = loop.create_task(coroutine)
+    loop.run_until_complete(asyncio.sleep(0.01))
+    assert not futures[0].done()
+    with at_most(STOPPED_WITHIN):
+        if what == "the coroutine":
+            coroutine.close()
+            assert futures[0].cancelled()
+        loop.close()
+        assert isinstance(outcome(futures[0]), CancelledError)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine.close()
 
 
 @on_one_host
