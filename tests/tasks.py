@@ -504,19 +504,30 @@ def note_and_die_after_return(path: Path, pause: float, life: float, value: Any)
 
 def die_in_mid_write(size: int) -> bytes:
     """Return `size` bytes, and die when half of them have been written."""
+    _before_each_write(lambda written: kill_itself() if written > size // 2 else None)
+    return payload(size)
+
+
+def write_slowly(size: int, seconds: float) -> bytes:
+    """Return `size` bytes in so many seconds, with a pause before each 32 KiB."""
+    pause = seconds / (size / (1 << 15))
+    _before_each_write(lambda _: time.sleep(pause))
+    return payload(size)
+
+
+def _before_each_write(act: Callable[[int], object]) -> None:
+    """Have this process write in pieces of 32 KiB, and call `act` with the bytes written so far before each."""
     real, written = os.write, 0
 
     def write(descriptor: int, data: Any, *_: Any) -> int:
         nonlocal written
-        if written > size // 2:
-            kill_itself()
+        act(written)
         whole = b"".join(data) if isinstance(data, list | tuple) else data
         done = real(descriptor, memoryview(whole).cast("B")[: 1 << 15])
         written += done
         return done
 
     _replace_everywhere({os.write: write, os.writev: write})
-    return payload(size)
 
 
 def lose_the_outcome(path: Path) -> None:

@@ -19,7 +19,7 @@ import taskpool
 from taskpool._engine.channel import INTERRUPT, INTERRUPT_ITEM, Channel, WorkerChannel
 from taskpool._engine.worker import Interrupts, TaskInterrupt
 from tests import processes, tasks
-from tests.helpers import PATIENCE, at_most, lines, on_every_host, on_hosts, outcome, wait_until
+from tests.helpers import PATIENCE, at_most, lines, on_every_host, on_hosts, on_one_host, outcome, wait_until
 
 Pool = Callable[..., taskpool.Executor]
 
@@ -220,6 +220,14 @@ def test_a_result_written_in_time_counts(pool: Pool, tmp_path: Path) -> None:
     wait_until(lambda: lines(tmp_path / "notes"))
     ctypes.PyDLL(None).usleep(900_000)  # no thread of this process runs meanwhile
     assert future.result(PATIENCE) == "in time"
+
+
+@on_one_host
+def test_a_result_on_its_way_is_not_cut(pool: Pool) -> None:
+    """However long after the limit it arrives, as long as it does not stand still for the grace."""
+    executor = pool(1, task_timeout=0.3, grace=1)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    assert len(executor.submit(tasks.write_slowly, 1 << 21, 2.5).result(PATIENCE)) == 1 << 21
 
 
 @on_hosts

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from taskpool._engine import stop
 from taskpool._engine.channel import ANY_ITEM
 from taskpool._engine.crew import Crew
-from taskpool._engine.handle import DYING, ENDING, GONE, PICK_UP, SERVING, STARTING, STUCK, Stop, WorkerHandle
+from taskpool._engine.handle import DYING, ENDING, GONE, PICK_UP, SERVING, SOON, STARTING, STUCK, Stop, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Range, Unit
 from taskpool._map import MapJob
@@ -70,11 +70,12 @@ class Deadlines:
         self._hub.read(worker)  # results first
         if worker.state in (DYING, GONE) or unit not in worker.inflight:
             return  # its end is being handled, or has been
+        self._take_back(worker)  # what has not started never will: a cancelled unit is resolved by coming back
+        if unit not in worker.inflight:
+            return
         if unit is not worker.inflight[0]:
-            self._take_back(worker)  # it has not started: a cancelled one is resolved by coming back
-            if unit in worker.inflight:
-                # The worker has just read it, so the outcome of the one before is in the pipe: ask again behind that.
-                self._loop.post(self.stop_target, unit.job if isinstance(unit, Range) else unit.future)
+            # The worker has just read it, so the outcome of the one before is in the pipe: ask again behind that.
+            self._loop.post(self.stop_target, unit.job if isinstance(unit, Range) else unit.future)
         elif worker.channel.is_sending:
             self._crew.kill(worker)  # it is still being sent, so it has not started, and never will
         else:
@@ -86,21 +87,23 @@ class Deadlines:
             worker.stop.timed_out &= request.timed_out
             worker.stop.item = request.item if request.item == ANY_ITEM else worker.stop.item
             return
-        if len(worker.inflight) > 1:
-            self._take_back(worker)
-            if request.unit not in worker.inflight:
-                return  # the worker had not read even that
         worker.stop = request
         self._climb(worker)
 
     def _take_back(self, worker: WorkerHandle) -> None:
         """Take back what the worker has not read. What it has read is its current task, or about to be."""
+        if self._withdraw(worker):
+            self._hub.next_task(worker)
+
+    def _withdraw(self, worker: WorkerHandle) -> bool:
+        """Put back in the queue what the worker has not read; return whether it is left with nothing."""
+        if not worker.inflight[0].is_small():
+            return False  # it is alone, and what lies in the pipe may be the rest of what the worker is reading
         taken = worker.channel.take_back()
         for unit in [unit for unit in worker.inflight if unit.id in taken]:
             worker.inflight.remove(unit)
             self._hub.requeue(unit)
-        if taken and not worker.inflight:
-            self._hub.next_task(worker)  # it had not even begun the first one
+        return bool(taken) and not worker.inflight
 
     def _climb(self, worker: WorkerHandle) -> None:
         """Take the next rung of the ladder for `worker.stop`."""
@@ -132,15 +135,21 @@ class Deadlines:
                 if worker.state not in (DYING, GONE):
                     self._crew.kill(worker)
         for worker in list(self._crew.workers):
-            if worker.paused_at is not None and worker.paused_at + STUCK <= time_now:
-                self._hub.listen_again(worker)
-            if self._due(worker, time_now) <= time_now:
-                self._hub.read(worker)  # results first
-                if worker.state != GONE and self._due(worker, time_now) <= time_now:
-                    self._act_on(worker, time_now)
             if worker.state != GONE:
-                self._loop.wake_by(self._due(worker, time_now))
-                self._loop.wake_by(math.inf if worker.paused_at is None else worker.paused_at + STUCK)
+                self._look_at(worker, time_now)
+
+    def _look_at(self, worker: WorkerHandle, time_now: float) -> None:
+        if worker.paused_at is not None and worker.paused_at + STUCK <= time_now:
+            self._hub.listen_again(worker)
+        if self._due(worker, time_now) <= time_now:
+            self._hub.read(worker)  # results first
+            worker.note_progress(time_now)
+            if worker.state != GONE and self._due(worker, time_now) <= time_now:
+                self._act_on(worker, time_now)
+        if worker.state != GONE:
+            # Not at once: what cannot be taken back now, say, has been read, and its predecessor's outcome is coming.
+            self._loop.wake_by(max(self._due(worker, time_now), time_now + SOON))
+            self._loop.wake_by(math.inf if worker.paused_at is None else worker.paused_at + STUCK)
 
     def _due(self, worker: WorkerHandle, time_now: float) -> float:
         if worker.state == STARTING:
@@ -171,11 +180,25 @@ class Deadlines:
                 self._crew.retire(worker)
         elif worker.stop is not None:
             self._climb(worker)
-        elif running is None and time_now >= worker.since + PICK_UP:
-            self._hub.log(logging.WARNING, "worker %s does not take its task; it is replaced", worker.index)
-            self._crew.kill(worker)
+        elif running is None:
+            if time_now >= worker.since + PICK_UP:
+                self._pass_over(worker)
+        elif worker.limit_due(running, time_now) <= time_now:
             self._take_back(worker)
-        elif running is not None and worker.limit_due(running, time_now) <= time_now:
             self._begin(worker, Stop(running.unit, running.item, timed_out=True))
         elif len(worker.inflight) > 1:
             self._take_back(worker)  # they wait behind a task that turned out to be long
+
+    def _pass_over(self, worker: WorkerHandle) -> None:
+        """It does not begin what it was sent: let others do that, and end it.
+
+        First it is made sure that it cannot begin it after all. What does not come back it has just read, or it stands
+        still between reading and beginning; so that gets its time once more.
+        """
+        head = worker.inflight[0]
+        if self._withdraw(worker) or worker.channel.is_sending or worker.late_with == head.id:
+            self._hub.log(logging.WARNING, "worker %s does not take its task; it is replaced", worker.index)
+            self._crew.kill(worker)
+        else:
+            worker.late_with = head.id
+            worker.since = now()

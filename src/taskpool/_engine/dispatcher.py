@@ -153,10 +153,10 @@ class Dispatcher:
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a worker has this future's task in hand right now."""
         for worker in list(self._crew.workers):
-            head = worker.inflight[0] if worker.inflight else None
-            if head is not None and head.owns(future):
-                with contextlib.suppress(ValueError):  # the page was unmapped just now
-                    return worker.running() is not None
+            with contextlib.suppress(ValueError):  # the page was unmapped just now
+                running = worker.running()
+                if running is not None and running.unit.owns(future):
+                    return True
         return False
 
     def close(self, *, cancel: bool = False) -> None:

@@ -74,7 +74,9 @@ class WorkerHandle:
         self.inflight: deque[Unit] = deque()
         self.stop: Stop | None = None
         self.since = now  # when it began to do what it does now: start, wait for a task, end
+        self.late_with = 0  # the id of the unit for which it got its time to begin a second time
         self.received = 0  # bytes from it when a deadline was last looked at
+        self.progressed = -math.inf  # when a look last found more of them
         self.served = 0
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
         self.failed = 0  # ... with an error
@@ -136,7 +138,7 @@ class WorkerHandle:
         waiting = len(self.inflight)
         if self.stop is not None or not self.channel.can_send_ahead or self.seconds > SHORT:
             return 0 if waiting else 1
-        if waiting and not self.inflight[0].is_small():
+        if waiting and (not self.inflight[0].is_small() or time.monotonic() - self.since > AHEAD):
             return 0
         if waiting and isinstance(self.inflight[0], Range):
             return 2 - waiting
@@ -159,13 +161,23 @@ class WorkerHandle:
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds
 
     def running(self) -> Running | None:
-        """Return what it runs, or None: before a start, and behind an end, which is when it has written the outcome."""
-        if not self.inflight:
+        """Return what it runs, or None: before a start, and behind an end, which is when it has written the outcome.
+
+        From any thread, while the page is there.
+        """
+        try:
+            head = self.inflight[0]
+        except IndexError:  # nothing, or the outcome was taken just now
             return None
         unit, item, started, phase = self.channel.page.current()
-        head = self.inflight[0]
         has_begun = unit == head.id and phase != IDLE and (item == BETWEEN or head.begun(item))
         return Running(head, item, started, phase) if has_begun else None
+
+    def note_progress(self, now: float) -> None:
+        """Note whether bytes have come since the last look."""
+        if self.received != self.channel.received:
+            self.received = self.channel.received
+            self.progressed = now
 
     def write_interrupt(self, stop: Stop) -> None:
         """Write what shall be interrupted into the page: the item first, so that the pair is never mixed."""
@@ -180,11 +192,11 @@ class WorkerHandle:
             return math.inf
         if running.item == BETWEEN:
             return now + max(limit, SOON)
-        if running.phase == WRITING and running.started + limit <= now and self.received != self.channel.received:
+        due = running.started + limit
+        if running.phase == WRITING:
             # It has run within its limit and its result is on its way. Only if that stands still it must end.
-            self.received = self.channel.received
-            return now + max(running.unit.options.grace, AHEAD)
-        return running.started + limit
+            due = max(due, self.progressed + max(running.unit.options.grace, AHEAD))
+        return due
 
     def next_due(self, now: float) -> float:
         """When a look at this serving worker is due next."""
@@ -198,8 +210,8 @@ class WorkerHandle:
         else:
             limit = self.inflight[0].options.task_timeout
             due = min(self.since + PICK_UP, now + (PICK_UP if limit is None else max(limit, SOON)))
-        if len(self.inflight) > 1:
-            due = min(due, max(self.since + AHEAD, now + AHEAD / 4))
+        if len(self.inflight) > 1:  # those behind wait for AHEAD at most, once it is known which task is the long one
+            due = min(due, self.since + AHEAD if running is not None else now + AHEAD)
         return due
 
     def is_loading(self) -> bool:
