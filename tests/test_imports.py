@@ -33,6 +33,7 @@ NAMES = {
     "Executor",
     "ForkedExecutorError",
     "InitializerError",
+    "NestingError",
     "MapOptions",
     "NotSendableError",
     "Outcome",
