@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 import taskpool
-from taskpool._engine.channel import PACKET
+from taskpool._engine.channel import PACKET, Channel
 from taskpool._engine.crew import Crew
-from taskpool._engine.handle import WorkerHandle
+from taskpool._engine.handle import GONE, WorkerHandle
+from taskpool._engine.units import Unit
 from tests import processes, tasks
-from tests.helpers import PATIENCE, at_most, lines, on_one_host, outcome, wait_until
+from tests.helpers import PATIENCE, all_stacks, at_most, lines, on_one_host, outcome, wait_until
 
 Pool = Callable[..., taskpool.Executor]
 
@@ -127,3 +129,138 @@ def test_running_asks_nothing_of_a_task_that_just_ended(pool: Pool) -> None:
     finally:
         sys.setswitchinterval(before)
     assert answers <= {True, False}
+
+
+# ---------------------------------------------------------------------------------------------- just being handed over
+
+
+@pytest.fixture
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[WorkerHandle], object]], None]:
+    """Have the next thread that hands a call to a worker do something between taking that worker and sending."""
+    give = WorkerHandle.give
+
+    def hold_up(act: Callable[[WorkerHandle], object]) -> None:
+        def act_and_give(self: WorkerHandle, unit: Unit) -> bool:
+            monkeypatch.setattr(WorkerHandle, "give", give)
+            act(self)
+            return give(self, unit)
+
+        monkeypatch.setattr(WorkerHandle, "give", act_and_give)
+
+    return hold_up
+
+
+HoldUp = Callable[[Callable[[WorkerHandle], object]], None]
+
+
+@on_one_host
+def test_a_worker_is_buried_before_its_call_is_sent(pool: Pool, held_up: HoldUp, tmp_path: Path) -> None:
+    """A handler that takes long comes in between: the call runs elsewhere, and no other file gets its bytes."""
+    executor, files = pool(1), []
+    executor.submit(tasks.pid).result(PATIENCE)
+
+    def bury(worker: WorkerHandle) -> None:
+        number = worker.channel.tasks
+        assert worker.pid
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: worker.state == GONE)
+        while not files or files[-1].fileno() < number:  # one of them gets the number
+            files.append((tmp_path / "other").open("ab"))
+
+    held_up(bury)
+    try:
+        assert executor.submit(tasks.identity, 7).result(PATIENCE) == 7
+    finally:
+        for file in files:
+            file.close()
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+@on_one_host
+def test_a_worker_is_buried_while_its_call_is_sent(
+    pool: Pool, held_up: HoldUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was noted with it then, and not settled with it, runs elsewhere."""
+    executor = pool(1)
+    executor.submit(tasks.pid).result(PATIENCE)
+    send = Channel.send_packet
+
+    def bury(worker: WorkerHandle) -> None:
+        def lose(*_: object) -> bool:  # as if it had been sent at the last moment
+            monkeypatch.setattr(Channel, "send_packet", send)
+            return True
+
+        assert worker.pid
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: worker.state == GONE)
+        monkeypatch.setattr(Channel, "send_packet", lose)
+
+    held_up(bury)
+    assert executor.submit(tasks.identity, 7).result(PATIENCE) == 7
+
+
+@on_one_host
+def test_terminate_stops_what_is_just_being_handed_over(pool: Pool, held_up: HoldUp) -> None:
+    """Without a bound of its own it would wait for that task."""
+    executor, holding, release = pool(1, grace=0.1), threading.Event(), threading.Event()
+    executor.submit(tasks.pid).result(PATIENCE)
+
+    def hold(_: WorkerHandle) -> None:
+        holding.set()
+        release.wait(PATIENCE)
+
+    held_up(hold)
+    futures: list[taskpool.TaskFuture[None]] = []
+    submitting = threading.Thread(target=lambda: futures.append(executor.submit(tasks.sleep_for_ever)))
+    submitting.start()
+    assert holding.wait(PATIENCE)
+    ending = threading.Thread(target=executor.terminate, args=(None,))
+    ending.start()
+    wait_until(lambda: not executor._backend._dispatcher.is_open)  # type: ignore[attr-defined]
+    release.set()
+    for thread in (submitting, ending):
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), all_stacks()
+    assert isinstance(outcome(futures[0]), CancelledError)
+
+
+@on_one_host
+def test_a_worker_that_seemed_lost_finishes_the_call_that_it_was_just_given(
+    pool: Pool, held_up: HoldUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread was interrupted, and another one had the worker: its task takes its time."""
+    monkeypatch.setattr("taskpool._engine.crew.END_TIME", 0.2)
+    executor, sent, retiring = pool(1), threading.Event(), threading.Event()
+    pid = executor.submit(tasks.pid).result(PATIENCE)
+    retire = Crew.retire
+
+    def retire_when_sent(self: Crew, worker: WorkerHandle) -> None:
+        monkeypatch.setattr(Crew, "retire", retire)
+        retiring.set()
+        sent.wait(PATIENCE)
+        retire(self, worker)
+
+    def lose(_: WorkerHandle) -> None:
+        monkeypatch.setattr(Crew, "retire", retire_when_sent)
+        executor._backend._dispatcher._direct.recover_soon()  # type: ignore[attr-defined]
+        assert retiring.wait(PATIENCE)
+
+    held_up(lose)
+    future = executor.submit(tasks.pid_after, 1)
+    sent.set()
+    assert future.result(PATIENCE) == pid
+    assert executor.submit(tasks.pid).result(PATIENCE) != pid
+
+
+@on_one_host
+def test_a_buried_worker_does_not_wait_for_work(pool: Pool) -> None:
+    """Even if a thread that was held up lets it."""
+    executor = pool(1)
+    executor.submit(tasks.pid).result(PATIENCE)
+    (worker,) = _handles(executor)
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: worker.state == GONE)
+    crew: Crew = executor._backend._dispatcher._crew  # type: ignore[attr-defined]
+    crew.make_idle(worker)
+    assert worker not in crew.idle

@@ -359,6 +359,8 @@ class Channel:
         for fd in (self.tasks, self.results, self.life_r, self.unread):
             if fd is not None:
                 close_kept(fd)
+        self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files
+        self.unread = None
         self._sending = []
         with contextlib.suppress(BufferError):  # somebody still looks at a view of it; it goes with the last
             self.page.close()

@@ -219,6 +219,8 @@ class Crew:
         worker.since = now()
         worker.turn += 1
         self.idle.append(worker)
+        if worker.state != SERVING:  # by a thread that was held up for long; a burial sets this, then looks there
+            self.remove_from_idle(worker)
         if self._settings.idle_timeout is not None:
             self._loop.look_by(worker.since + self._settings.idle_timeout)
 
@@ -267,12 +269,14 @@ class Crew:
         """A submitting thread is done with a worker whose end was seen meanwhile."""
         if worker.state == DYING and not worker.exitcode_due:
             self.bury(worker)
+        while worker.state == GONE and worker.inflight:  # what came behind its burial nobody has read
+            self._hub.settle_left(worker, worker.inflight.popleft(), None)
 
     def find_lost(self) -> None:
         """Replace the worker that a thread took and, interrupted at the worst moment, never gave back.
 
-        It may find one that another thread is just handing a call: that call comes back when the worker has ended.
-        One that was taken, but perhaps never sent its call, is found by the look that is called for here.
+        It may find one that another thread is just handing a call: that call comes back when the worker has ended, or
+        runs first, if it was sent before the sentinel (`end_overdue`). One that was taken, but perhaps never sent its call, is found by the look that is called for here.
         """
         self._loop.wake_by(now())
         for worker in list(self.workers):
@@ -318,7 +322,9 @@ class Crew:
 
     def end_overdue(self, worker: WorkerHandle) -> None:
         """A worker has not ended in time: kill it, or give up the slot if that was done."""
-        if worker.channel.has_life:
+        if worker.channel.has_life and worker.stop is None and not worker.is_silent and worker.running() is not None:
+            worker.state = SERVING  # another thread had it all the time; it ends behind this task
+        elif worker.channel.has_life:
             if worker.inflight and worker.stop is None:
                 worker.reason = "it closed its channel to the parent, and was ended for that"
             self.kill(worker)
@@ -330,6 +336,7 @@ class Crew:
     def channel_ended(self, worker: WorkerHandle) -> None:
         """Nobody holds the other end of the channel: the process is ending, or must."""
         self._loop.unwatch(worker.channel.results)
+        worker.is_silent = True
         if worker.process is None:
             self.process_ended(worker)  # it never said who it was
         elif worker.state not in (DYING, GONE):
@@ -410,10 +417,10 @@ class Crew:
     def _settle(self, worker: WorkerHandle) -> None:
         worker.channel.take_back()  # nobody will read it any more
         unit_id, item, _started, _phase = worker.channel.page.current()
-        for unit in list(worker.inflight):
+        while worker.inflight:  # to which a submitting thread may be adding
+            unit = worker.inflight.popleft()
             ran = unit.id == unit_id and unit.begun(item)
             self._hub.settle_left(worker, unit, item if ran else None)
-        worker.inflight.clear()
 
     def abandon(self) -> None:
         """Kill and bury all, whatever happens: the engine has failed."""

@@ -55,7 +55,8 @@ class Direct:
         feeder: The queue; what waits in it comes before any new call.
         left_queue: Called with the future of each call that is handed over.
         read: The dispatcher's way to read a worker's pipe.
-        may_take: Whether outcomes may be taken past the dispatcher at this moment.
+        is_open: Whether the engine accepts work.
+        takes: Whether outcomes may be taken past the dispatcher while it does.
     """
 
     def __init__(
@@ -66,14 +67,16 @@ class Direct:
         *,
         left_queue: Callable[[TaskFuture[Any]], None],
         read: Callable[[WorkerHandle], None],
-        may_take: Callable[[], bool],
+        is_open: Callable[[], bool],
+        takes: bool,
     ) -> None:
         self._loop = loop
         self._crew = crew
         self._feeder = feeder
         self._left_queue = left_queue
         self._read = read
-        self._may_take = may_take
+        self._is_open = is_open
+        self._takes = takes
         self._submitted = 0.0  # when the last call came
         self._lock = threading.Lock()  # whoever has it may settle what workers wrote
         self._taken_from: WorkerHandle | None = None  # whose outcome a waiting thread is taking
@@ -114,11 +117,14 @@ class Direct:
             worker.handed_turn = turn
         limit = call.options.task_timeout
         self._loop.look_by(worker.since + (PICK_UP if limit is None or limit > PICK_UP else limit))
-        if worker.state != SERVING:
+        if worker.state != SERVING or not self._is_open():  # set before anybody looks at what this worker has
             self._loop.post(self._crew.bury_if_dead, worker)
         return True
 
     # Back
+
+    def _may_take(self) -> bool:
+        return self._takes and self._is_open()
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Take the outcome of a task that was handed over, if it comes at once; the caller waits for it anyway.
@@ -150,10 +156,7 @@ class Direct:
         if not self._begin(worker, future):
             return
         try:
-            poll = select.poll()
-            poll.register(worker.channel.results, select.POLLIN)
-            came = poll.poll(1000 * (WAIT if timeout is None else max(0.0, min(WAIT, timeout))))
-            if came:
+            if _comes(worker.channel.results, WAIT if timeout is None else max(0.0, min(WAIT, timeout))):
                 self._take_if_alone(worker, future)
         finally:
             self._end(worker)
@@ -219,8 +222,10 @@ class Direct:
             self._taken_from = None
 
     def _settle(self, worker: WorkerHandle) -> bool:
-        channel, unit = worker.channel, worker.inflight[0]
-        with contextlib.suppress(BlockingIOError, BadFrameError):
+        channel = worker.channel
+        # Nothing has come, or nothing that can be read; or the dispatcher went on without this thread, and all is gone.
+        with contextlib.suppress(OSError, BadFrameError, IndexError):
+            unit = worker.inflight[0]
             channel.fetch()
             frame = channel.only_frame()
             if (
@@ -246,6 +251,14 @@ class Direct:
             if self._taken_from is not None:
                 self._crew.kill(self._taken_from)
         return lock
+
+
+def _comes(fd: int, seconds: float) -> bool:
+    """Wait until there is something to read; not at a descriptor that has been closed."""
+    poll = select.poll()
+    if fd >= 0:
+        poll.register(fd, select.POLLIN)
+    return fd >= 0 and bool(poll.poll(1000 * seconds))
 
 
 def _wake(_: None) -> None:

@@ -72,7 +72,14 @@ class Dispatcher:
         self._retries = self._receiver.retries
         self._deadlines = Deadlines(self, self._loop, self._crew, settings.idle_timeout)
         self._direct = Direct(
-            self._loop, self._crew, self._feeder, left_queue=left_queue, read=self.read, may_take=self._may_take
+            self._loop,
+            self._crew,
+            self._feeder,
+            left_queue=left_queue,
+            read=self.read,
+            is_open=lambda: self.is_open,
+            # A worker that serves only so many tasks may end after each, which is the dispatcher's work.
+            takes=settings.max_tasks is None,
         )
         self._phase = OPEN
         self._done = threading.Event()  # everything has ended: workers, host, threads
@@ -126,11 +133,6 @@ class Dispatcher:
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help a thread that waits for a future to its outcome."""
         self._direct.collect(future, timeout)
-
-    def _may_take(self) -> bool:
-        # A worker that serves only so many tasks may end after this one, which is the dispatcher's work.
-        # Neither may it where listeners are to be told.
-        return self._phase == OPEN and self._settings.max_tasks is None and not self._settings.listeners
 
     def submit_pieces(self, pieces: list[Piece]) -> None:
         """Accept pieces of a map. Never blocks."""
@@ -220,6 +222,8 @@ class Dispatcher:
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
+        if self._phase == TERMINATING:
+            self._stop_all()
         if self._feeder.can_feed:
             self._feeder.feed()
         if self._phase != OPEN and not self._has_work():
@@ -228,6 +232,8 @@ class Dispatcher:
     def _refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
         if function == self._retries.decided:
             self._retries.end()
+        elif function == self._crew.bury_if_dead:
+            self._crew.bury_if_dead(argument)
         else:
             self._feeder.refuse_posted(function, argument)
 
@@ -285,8 +291,11 @@ class Dispatcher:
         self._deadlines.kill_at = min(self._deadlines.kill_at, kill_at)
         self._loop.wake_by(self._deadlines.kill_at)
         self._feeder.refuse_all()
+
+    def _stop_all(self) -> None:
+        """Stop what runs; also what was just being handed over when the end began."""
         for worker in list(self._crew.workers):
-            if worker.state == SERVING and worker.inflight:
+            if worker.state == SERVING and worker.inflight and worker.stop is None:
                 self._deadlines.stop_unit(worker, worker.inflight[0])
 
     def _has_work(self) -> bool:
@@ -305,6 +314,7 @@ class Dispatcher:
 
     def _end(self) -> None:
         self._phase = CLOSED
+        self._feeder.terminating = True  # what comes later, or comes back, is cancelled
         for close in (
             self._host.close,
             lambda: self._logs.close(END_TIME),

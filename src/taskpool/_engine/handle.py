@@ -71,6 +71,7 @@ class WorkerHandle:
         self.turn = 0  # how often it began to wait for work
         self.handed_turn = 0  # the last one whose end was noted
         self.explained = False  # it was ready, or what keeps it from that is known
+        self.is_silent = False  # it has closed its end of the channel
         self.inflight: deque[Unit] = deque()
         self.stop: Stop | None = None
         self.since = now  # when it began to do what it does now: start, wait for a task, end
@@ -103,14 +104,17 @@ class WorkerHandle:
         return self.handed_turn == self.turn
 
     def give(self, unit: Unit) -> bool:
-        """Send a unit whose frame fits into a packet; False, and nothing happened, if the pipe is full."""
+        """Send a unit whose frame fits into a packet; False, and nothing happened, if the pipe is full or closed."""
         packet = unit.packet()
         if not self.inflight:
             self.since = time.monotonic()
         self.inflight.append(unit)
         if self.channel.send_packet(packet):
             return True
-        self.inflight.pop()
+        try:
+            self.inflight.remove(unit)
+        except ValueError:  # this thread was held up for so long that the worker has been buried, and this with it
+            return True
         return False
 
     def give_many(self, units: list[Unit]) -> list[Unit]:
