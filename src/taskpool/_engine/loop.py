@@ -33,7 +33,10 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._epoll = _share(self._selector)
         self._unwatched: set[int] = set()  # in this turn: what was reported for them no longer counts
-        self._asleep = self._closed = False
+        self._closed = False
+        self._sleeps = 0  # how often it has begun to wait
+        self._sleep = 0  # the number of the wait that it is in; 0 while it is awake
+        self._woken = 0  # the last wait that somebody has ended
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
@@ -50,15 +53,14 @@ class Loop:
         self._inbox.append((function, argument))
         if self._closed:  # set before the inbox is emptied for the last time, so one of the two finds this
             self._refuse_all()
-        elif self._asleep:
-            try:
-                self._asleep = False
+            return
+        # Noted behind the write, so a signal handler that comes before it writes itself; by number, so one that holds
+        # this thread up until the loop sleeps again does not speak for that sleep.
+        sleep = self._sleep
+        if sleep and sleep != self._woken:
+            with contextlib.suppress(OSError):  # full: it wakes anyway; closed: it has ended
                 os.write(self._wake_w, b"\0")
-            except OSError:
-                pass  # full: it wakes anyway; closed: it has ended
-            except BaseException:  # a signal handler raised, perhaps before the write: the next one shall write again
-                self._asleep = True
-                raise
+            self._woken = sleep
 
     def look_by(self, due: float) -> None:
         """Have the loop turn again at the monotonic time `due` at the latest."""
@@ -105,12 +107,13 @@ class Loop:
 
     def wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait until something happens; return the descriptors that are ready."""
-        self._asleep = True
-        # Whoever posts looks at `_asleep` after the append; so either it is seen here or the pipe wakes us.
+        self._sleeps += 1
+        self._sleep = self._sleeps
+        # Whoever posts looks at `_sleep` after the append; so either it is seen here or the pipe wakes us.
         timeout = 0.0 if self._inbox else max(0.0, self.wake_at - now())
         # The system's own calls take no more than some weeks; a turn in between costs nothing.
         ready = self._selector.select(None if timeout == math.inf else min(timeout, LONGEST_WAIT))
-        self._asleep = False
+        self._sleep = 0
         return ready
 
     def call(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
