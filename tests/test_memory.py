@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import taskpool
+from taskpool.backends.base import Slots
 from tests import processes, tasks
 from tests.helpers import PATIENCE, Backend, at_most, bounded, lines, on_all, on_hosts, on_pools, outcome, wait_until
 
@@ -169,6 +170,25 @@ def test_a_full_queue_refuses_after_submit_timeout(pool: Pool, tmp_path: Path, l
     assert [future.result(PATIENCE) for future in futures] == [None, 0, 1, 2]
     assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
     assert not lines(tmp_path / "notes")
+
+
+@on_hosts
+def test_an_interrupted_submit_takes_no_place(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a signal handler raises in it."""
+    executor = pool(1, max_pending=2, submit_timeout=0)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    take = Slots.take
+
+    def take_and_raise(*args: Any) -> None:
+        take(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slots, "take", take_and_raise)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(tasks.identity, 1)
+    monkeypatch.undo()
+    assert executor.submit(tasks.identity, 2).result(PATIENCE) == 2
 
 
 @on_pools

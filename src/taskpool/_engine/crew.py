@@ -276,7 +276,8 @@ class Crew:
         """Replace the worker that a thread took and, interrupted at the worst moment, never gave back.
 
         It may find one that another thread is just handing a call: that call comes back when the worker has ended, or
-        runs first, if it was sent before the sentinel (`end_overdue`). One that was taken, but perhaps never sent its call, is found by the look that is called for here.
+        runs first, if it was sent before the sentinel (`end_overdue`). One that was taken, but perhaps never sent its
+        call, is found by the look that is called for here.
         """
         self._loop.wake_by(now())
         for worker in list(self.workers):

@@ -54,7 +54,6 @@ class Dispatcher:
         self.counts = Counts()
         self.callbacks = CallbackThread(f"{settings.name}-callbacks", "a callback raised")
         self._settings = settings
-        self._left_queue = left_queue
         self._host = host
         self._loop = Loop(self._refuse_posted)
         self._crew = Crew(self, self._loop, host, settings, self.counts)
@@ -121,7 +120,6 @@ class Dispatcher:
                 self._loop.post(self._feeder.accept, call)
         except BaseException:
             self._direct.recover_soon()
-            self._left_queue(call.future)
             self._loop.post(self._drop_unsent, call)
             raise
 

@@ -59,9 +59,14 @@ class WorkersBackend(Backend):
             raise dispatcher.broken()
         dispatcher.start()
         call = make_call(future, fn, args, kwargs, options)
-        if call is not None:
+        if call is None:
+            return
+        try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
+        except BaseException:  # a signal handler's, anywhere in there
+            self._slots.free(future)
+            raise
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Pickle items of a map here and queue them."""
