@@ -919,6 +919,11 @@ class RaisesAtDel:
         raise SystemExit("from __del__")
 
 
+def padded(size: int, kind: Callable[..., Any], *args: Any) -> tuple[Any, bytes]:
+    """Return what `kind(*args)` makes together with so many bytes."""
+    return kind(*args), payload(size)
+
+
 def deep(levels: int = 50_000) -> list[Any]:
     """Return a list in a list in a list."""
     nested: list[Any] = []

@@ -95,10 +95,8 @@ class AsyncResults(MapResults):
     # Input
 
     def _is_over(self) -> bool:
-        # An asynchronous input whose next item has not come is neither at its end nor late.
-        if self._incoming is not None and not self._exhausted and not self._is_late():
-            return False
-        return super()._is_over()
+        # What has not been read yet is not over: the turn was, or the next item has not come.
+        return (self._exhausted or self._is_late()) and super()._is_over()
 
     def _read_on(self, deadline: float) -> None:
         super()._read_on(deadline)
@@ -183,18 +181,25 @@ class Incoming:
 
     async def _read(self) -> None:
         try:
+            await self._read_on()
+        except Exception as error:
+            self._error = error
+        except asyncio.CancelledError as error:
+            self._error = error
+            raise
+        finally:
+            self._is_read = True
+            self._arrived()
+
+    async def _read_on(self) -> None:
+        try:
             async for item in self._source:
                 self._items.append(item)
                 self._arrived()
                 while len(self._items) >= self._room:
                     self._has_room.clear()
                     await self._has_room.wait()
-        except BaseException as error:
-            self._error = error
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._is_read = True
-            self._arrived()
+        except asyncio.CancelledError:
             if inspect.isasyncgen(self._source):
                 await self._source.aclose()  # here, in the task that what it holds open belongs to
+            raise

@@ -119,24 +119,27 @@ class Calls:
 
         slots, seconds = self._executor._backend._slots, self._options.submit_timeout
         at_once = self.options(submit_timeout=0)
-        visit = Visit(stop=lambda: None)
-        limit = asyncio.timeout(seconds)
+        visit, limit = Visit(stop=lambda: None), asyncio.timeout(seconds)
+        future: TaskFuture[R] | None = None
         try:
             async with limit:
-                while True:
+                while future is None:
                     if slots.is_full:
+                        again = visit.arrived.is_set()
                         visit.arrived.clear()
-                        slots.enter(visit)
+                        slots.enter(visit, again=again)
                         await visit.arrived.wait()
                     with contextlib.suppress(QueueFullError):  # another one was quicker
-                        return at_once.submit(fn, *args, **kwargs)
+                        future = at_once.submit(fn, *args, **kwargs)
         except TimeoutError:
             if limit.expired():
                 raise slots.full(seconds) from None
             raise
         finally:
-            slots.leave(visit)
             visit.leave()
+            if future is None or future.done():  # the place that was waited for is not taken
+                slots.leave(visit)
+        return future
 
     # Many items
 

@@ -169,9 +169,9 @@ class Slots:
                 if not woken:
                     self.leave(sleeper)
 
-    def enter(self, sleeper: Sleeper) -> None:
-        """Have `sleeper` released, once, when there is a place, in its turn."""
-        self._sleepers.append(sleeper)
+    def enter(self, sleeper: Sleeper, *, again: bool) -> None:
+        """Have `sleeper` released, once, when there is a place: in its turn, or next if its place was snatched away."""
+        (self._sleepers.appendleft if again else self._sleepers.append)(sleeper)
         if not self.is_full:  # whoever frees a place from the append on finds the sleeper
             self._wake_one()
 
