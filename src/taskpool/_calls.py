@@ -139,6 +139,7 @@ class Calls:
             visit.leave()
             if future is None or future.done():  # the place that was waited for is not taken
                 slots.leave(visit)
+        assert future is not None
         return future
 
     # Many items

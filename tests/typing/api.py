@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import assert_type
 
 import tenacity
@@ -107,8 +107,26 @@ def wrong(pool: taskpool.Executor) -> None:
     pool.group().submit(length, 1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
+async def texts() -> AsyncIterator[str]:
+    yield "a"
+
+
 async def in_asyncio(pool: taskpool.Executor) -> None:
     assert_type(await pool.submit(length, "a"), int)
+    assert_type(await pool.run(length, "a", extra=1), int)
+    assert_type(await pool.options(task_timeout=1).run(pair, "a", 1), tuple[str, int])
+    async with taskpool.Executor() as entered:
+        assert_type(entered, taskpool.Executor)
+    async for outcome in pool.aoutcomes(length, ["a"], ordered=True, timeout=3):
+        assert_type(outcome, taskpool.Outcome[str, int])
+    async for outcome in pool.aoutcomes(length, texts()):
+        assert_type(outcome.item, str)
+    async for several in pool.aoutcomes(pair, ["a"], [1], strict=True):
+        assert_type(several.value, tuple[str, int])
+    records = pool.aoutcomes(length, ["a"])
+    assert_type(records, AsyncGenerator[taskpool.Outcome[str, int]])
+    await records.aclose()
+    await pool.run(length, 1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     async with pool.group(timeout=5) as group:
         assert_type(group, taskpool.TaskGroup)
         assert_type(await group.submit(length, "a"), int)
