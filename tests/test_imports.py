@@ -33,7 +33,6 @@ NAMES = {
     "Executor",
     "ForkedExecutorError",
     "InitializerError",
-    "NestingError",
     "MapOptions",
     "NotSendableError",
     "Outcome",

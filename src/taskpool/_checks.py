@@ -6,8 +6,6 @@ import math
 import os
 from typing import Any
 
-from taskpool import _nesting
-
 MAX_SECONDS = 1e8  # about three years; larger values, infinity included, mean "no limit that anyone will see"
 
 
@@ -75,12 +73,11 @@ def check_callable(value: object, name: str) -> None:
 
 
 def default_workers() -> int:
-    """Return how many CPUs this process may use (its affinity mask, where the system has one); a worker, its share."""
+    """Return how many CPUs this process may use (its affinity mask, where the system has one)."""
     try:
-        cpus = len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0)) or 1
     except AttributeError:
-        cpus = os.cpu_count() or 1
-    return max(1, cpus // _nesting.sharers)
+        return os.cpu_count() or 1
 
 
 def check_priority(value: object) -> int:

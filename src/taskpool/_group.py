@@ -144,12 +144,11 @@ class TaskGroup:
         news: queue.SimpleQueue[None] = queue.SimpleQueue()  # unlike a condition it stands a handler that raises
         self._members.wake = functools.partial(news.put, None)
         end = now() + seconds
-        with self._backend.waiting():
-            while not self._members.have_ended() and now() < end:
-                if self._members.is_stopping:
-                    self._members.stop()
-                with contextlib.suppress(queue.Empty):
-                    news.get(timeout=None if end == math.inf else max(0.0, end - now()))
+        while not self._members.have_ended() and now() < end:
+            if self._members.is_stopping:
+                self._members.stop()
+            with contextlib.suppress(queue.Empty):
+                news.get(timeout=None if end == math.inf else max(0.0, end - now()))
 
     # The block in asyncio
 

@@ -7,7 +7,6 @@ group; whoever does not takes the groups as they come.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -164,10 +163,6 @@ class MapBackend:
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Accept the items of `job` from index `first` on."""
         raise NotImplementedError
-
-    def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Return what to be in while waiting for an outcome."""
-        return contextlib.nullcontext()
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop the job's items that have not started and, if `stop`, stop those that run."""

@@ -215,8 +215,7 @@ class MapResults:
         try:
             if self._is_finished():
                 return None
-            with self._backend.waiting():
-                settled = self._job.take(self._due(), self._deadline)
+            settled = self._job.take(self._due(), self._deadline)
             if settled is None:
                 raise self._timed_out()
         except BaseException:

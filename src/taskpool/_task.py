@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from concurrent.futures._base import RUNNING as _RUNNING
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskpool._checks import check_seconds
 from taskpool.errors import ForkedExecutorError
@@ -293,12 +293,6 @@ class TaskFuture(Future[T]):
     def _give_up(self) -> None:
         with contextlib.suppress(ForkedExecutorError):  # in a forked child it is not ours to stop
             self.cancel()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a TaskFuture cannot be sent to a worker: it is resolved in the process that submitted its task; wait for "
-            "it there, and send its result"
-        )
 
     def _wait(self, timeout: float | None) -> None:
         seconds = check_seconds(timeout, "timeout")

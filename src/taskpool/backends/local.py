@@ -46,7 +46,6 @@ class LocalTask:
         self.id: str = task_id
         self.order: int = next(_orders)  # its place among equals; it keeps it for all its attempts
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
-        self.depth: int = 0  # how many tasks stand above it, each of which submitted the next
 
     def claim(self) -> bool:
         """Take it off the queue; False if it was cancelled."""

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -33,17 +33,11 @@ from taskpool.backends.local import (
     stack_of,
     timed_out,
 )
-from taskpool.errors import InitializerError, NestingError
-
-MOST_WAITING = 64  # tasks for each worker that may wait for others; one that goes deeper is a recursion without end
+from taskpool.errors import InitializerError
 
 
 class ThreadBackend(Backend):
-    """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced.
-
-    A task may wait for tasks of the same executor. While it does, its thread does not count, so that another one may be
-    started; and what tasks submit comes before what waits already, so that those that wait go on first.
-    """
+    """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced."""
 
     capabilities: Capabilities = Capabilities(
         kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
@@ -58,7 +52,7 @@ class ThreadBackend(Backend):
             max_tasks_per_child=setup.max_tasks_per_child,
         )
         self._alarms = Alarms(setup.name)
-        self._heap: list[tuple[int, int, int, LocalTask]] = []
+        self._heap: list[tuple[int, int, LocalTask]] = []
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
         self._changed = threading.Condition()
         self._threads: set[WorkerThread] = set()
@@ -82,12 +76,12 @@ class ThreadBackend(Backend):
         call = LocalCall(future, fn, args, kwargs, options)
         self._slots.take(future, options.submit_timeout, self.is_own_thread)
         self._calls[id(future)] = call
-        self._accept([call])
+        self._queue([call])
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Queue items of a map."""
         self._raise_if_broken()
-        self._accept([LocalItem(job, index, item) for index, item in enumerate(items, first)])
+        self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer, and forget it if it was cancelled."""
@@ -97,29 +91,14 @@ class ThreadBackend(Backend):
             call.drop()
             self._forget(call)
 
-    def _accept(self, tasks: Sequence[LocalTask]) -> None:
-        thread = threading.current_thread()
-        outer = thread.task if isinstance(thread, WorkerThread) else None
-        for task in tasks:
-            task.depth = 0 if outer is None else outer.depth + 1
-        self._queue(tasks)
-
     def _queue(self, tasks: Sequence[LocalTask]) -> None:
         with self._changed:
             for task in tasks:
-                heapq.heappush(self._heap, (-task.depth, -task.options.priority, task.order, task))
-            self._start_threads()
+                heapq.heappush(self._heap, (-task.options.priority, task.order, task))
+            idle = sum(thread.task is None for thread in self._threads)
+            for _ in range(min(len(self._heap) - idle, self.workers - len(self._threads))):
+                self._start_thread()
             self._changed.notify(len(tasks) if not self._closing else len(self._threads) + len(tasks))
-
-    def _start_threads(self) -> None:
-        """Start as many as there is work and room for."""
-        idle = sum(thread.task is None for thread in self._threads)
-        for _ in range(min(len(self._heap) - idle, -self._surplus())):
-            self._start_thread()
-
-    def _surplus(self) -> int:
-        """How many more threads there are than may run tasks: those that wait for other tasks do not count."""
-        return sum(not thread.waits for thread in self._threads) - self.workers
 
     def _start_thread(self) -> None:
         thread = WorkerThread(self, f"{self.setup.name}-thread-{next(self._numbers)}")
@@ -141,8 +120,8 @@ class ThreadBackend(Backend):
         """Return the next task for a thread; None is the sentinel."""
         while True:
             with self._changed:
-                while not self._heap or thread not in self._threads or self._surplus() > 0:
-                    if (self._closing and not self._waiting) or thread not in self._threads or self._surplus() > 0:
+                while not self._heap or thread not in self._threads:
+                    if (self._closing and not self._waiting) or thread not in self._threads:
                         self._threads.discard(thread)
                         self._changed.notify_all()
                         return None
@@ -150,7 +129,7 @@ class ThreadBackend(Backend):
                         self._threads.discard(thread)
                         self._changed.notify_all()
                         return None
-                task = heapq.heappop(self._heap)[-1]
+                task = heapq.heappop(self._heap)[2]
                 thread.task = task
             if isinstance(task, LocalCall):
                 self.left_queue(task.future)
@@ -250,44 +229,6 @@ class ThreadBackend(Backend):
             self._alarms.clear(task)
             self._refuse(task, None if error is None else _failure(error))
 
-    # Tasks wait for tasks
-
-    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
-        """Do the waiting here, if it is a task that waits."""
-        self.check_process()
-        with self.waiting():
-            if isinstance(threading.current_thread(), WorkerThread):
-                future.sleep(timeout)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Let another thread run while the task that is in this one waits for others.
-
-        Raises:
-            NestingError: If so many wait already that it must be a recursion without end.
-        """
-        thread = threading.current_thread()
-        if not isinstance(thread, WorkerThread) or thread.waits:
-            yield
-            return
-        thread.backend.begin_wait(thread)
-        try:
-            yield
-        finally:
-            thread.waits = False  # the thread that was started for it ends when it is idle
-
-    def begin_wait(self, thread: WorkerThread) -> None:
-        """Count a thread no longer, and start another one in its place if there is work."""
-        with self._changed:
-            waiting = sum(each.waits for each in self._threads)
-            if waiting >= MOST_WAITING * self.workers:
-                raise NestingError(
-                    f"{waiting} tasks of executor {self.setup.name!r} wait for other tasks of it, and no more threads are "
-                    "started to run those: nest tasks less deep, or give it more workers"
-                )
-            thread.waits = True
-            self._start_threads()
-
     def initialized(self, thread: WorkerThread) -> None:
         """A thread is ready."""
         self._alarms.clear(thread)
@@ -299,7 +240,7 @@ class ThreadBackend(Backend):
             self._threads.discard(thread)
             waiting, self._heap = self._heap, []
             self._changed.notify_all()
-        for *_, task in waiting:
+        for _priority, _order, task in waiting:
             self._refuse(task, _failure(error))
         self._refuse_waiting(error)
 
@@ -332,8 +273,8 @@ class ThreadBackend(Backend):
             ended = self._ended(thread, task, timed_out(task, thread.stack) if thread.timed_out else None)
             self._threads.discard(thread)
             self._counts["replaced"] += 1
-            if not self._broken:
-                self._start_threads()
+            if self._heap and not self._broken:
+                self._start_thread()
             self._changed.notify_all()
         self._conclude(ended)
 
@@ -348,7 +289,7 @@ class ThreadBackend(Backend):
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop the items that have not started, and ask those that run to end."""
         with self._changed:
-            self._heap = [entry for entry in self._heap if not entry[-1].owns(job)]
+            self._heap = [entry for entry in self._heap if not entry[2].owns(job)]
             heapq.heapify(self._heap)
             waiting = [task for task in self._waiting if task.owns(job)]
         for task in waiting:
@@ -362,13 +303,13 @@ class ThreadBackend(Backend):
         """Finish what was accepted, then end the threads."""
         with self._changed:
             self._closing = True
-            waiting: list[tuple[int, int, int, LocalTask]] = []
+            waiting: list[tuple[int, int, LocalTask]] = []
             if cancel:
                 self._is_over = True
                 waiting, self._heap = self._heap, []
             undecided = list(self._undecided)
             self._changed.notify_all()
-        for *_, task in waiting:
+        for _priority, _order, task in waiting:
             self._refuse(task, None)
         if cancel:
             self._refuse_waiting()
@@ -440,24 +381,23 @@ class WorkerThread(threading.Thread):
         self.interrupted: bool = False  # the current task was asked to end
         self.timed_out: bool = False  # ... because it passed its limit
         self.abandoned: bool = False
-        self.waits: bool = False  # its task waits for other tasks
         self.stack: str | None = None
         self.began: float = 0.0  # when the current task started (monotonic)
         self._leaving = False  # the current task has ended
-        self.backend: ThreadBackend = backend
+        self._backend = backend
         self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task
 
     def run(self) -> None:
         """Be the thread."""
-        setup = self.backend.setup
+        setup = self._backend.setup
         if setup.initializer is not None:
             try:
                 setup.initializer(*setup.initargs)
             except BaseException as error:
-                self.backend.initializer_failed(self, error)
+                self._backend.initializer_failed(self, error)
                 return
-            self.backend.initialized(self)
-        while (task := self.backend.next_task(self)) is not None:
+            self._backend.initialized(self)
+        while (task := self._backend.next_task(self)) is not None:
             self._run(task)
             del task
 
@@ -467,14 +407,14 @@ class WorkerThread(threading.Thread):
             outcome = self._run_interruptibly(task)
         if self.interrupted:  # also if the task swallowed it and went on to an end of its own
             outcome = timed_out(task, self.stack) if self.timed_out else None
-        self.backend.ended(self, task, outcome)
+        self._backend.ended(self, task, outcome)
         self.interrupted = self.timed_out = False
 
     def _run_interruptibly(self, task: LocalTask) -> RawOutcome | None:
         outcome: RawOutcome | None = None
         with contextlib.suppress(TaskInterrupt):
             try:
-                self.backend.started(self, task)
+                self._backend.started(self, task)
                 outcome = run_task(task)
             finally:
                 with self._lock:  # from here on no interrupt is sent; one that was sent and not raised is taken back
