@@ -34,6 +34,7 @@ NAMES = {
     "ForkedExecutorError",
     "InitializerError",
     "MapOptions",
+    "NestingError",
     "NotSendableError",
     "Outcome",
     "QueueFullError",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from taskpool.errors import CallTimeoutError as CallTimeoutError
     from taskpool.errors import ForkedExecutorError as ForkedExecutorError
     from taskpool.errors import InitializerError as InitializerError
+    from taskpool.errors import NestingError as NestingError
     from taskpool.errors import NotSendableError as NotSendableError
     from taskpool.errors import QueueFullError as QueueFullError
     from taskpool.errors import RemoteError as RemoteError
@@ -64,6 +65,7 @@ _HOMES = {
             "CallTimeoutError",
             "ForkedExecutorError",
             "InitializerError",
+            "NestingError",
             "NotSendableError",
             "QueueFullError",
             "RemoteError",
@@ -98,6 +100,7 @@ __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "CallTimeoutError",
     "ForkedExecutorError",
     "InitializerError",
+    "NestingError",
     "NotSendableError",
     "QueueFullError",
     "RemoteError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from taskpool import progress
 from taskpool._checks import check_callable, check_count, check_name, check_seconds
@@ -341,6 +341,12 @@ class Calls:
         """
         return View(self._executor, self._options.merge(changes))
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Executor, or a view on one, cannot be sent to a worker: its own workers belong to this process; inside "
+            "a task use taskpool.map, or make another Executor"
+        )
+
 
 class View(Calls):
     """Calls on an executor with options of their own; made by `options`, on an executor or on another view."""
@@ -369,6 +375,9 @@ class _Feeder(MapBackend):
     def submit_items(self, job: MapJob, first: int, items: Any) -> None:
         self._executor._check_open()
         self._executor._backend.submit_items(job, first, items)
+
+    def waiting(self, job: MapJob | None = None) -> contextlib.AbstractContextManager[None]:
+        return self._executor._backend.waiting(job)
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         self._executor._backend.cancel_job(job, stop=stop)

@@ -6,6 +6,8 @@ import math
 import os
 from typing import Any
 
+from taskpool import _nesting
+
 MAX_SECONDS = 1e8  # about three years; larger values, infinity included, mean "no limit that anyone will see"
 
 
@@ -73,11 +75,12 @@ def check_callable(value: object, name: str) -> None:
 
 
 def default_workers() -> int:
-    """Return how many CPUs this process may use (its affinity mask, where the system has one)."""
+    """Return how many CPUs this process may use (its affinity mask, where the system has one); a worker, its share."""
     try:
-        return len(os.sched_getaffinity(0)) or 1
+        cpus = len(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        cpus = os.cpu_count() or 1
+    return max(1, cpus // _nesting.sharers)
 
 
 def check_priority(value: object) -> int:

@@ -49,7 +49,8 @@ class SharedOptions(ZipOptions, total=False):
     """How a map on a shared executor is run, beyond `MapOptions`."""
 
     max_workers: int | None
-    """How many workers; None is one for each CPU that this process may use."""
+    """How many workers; None is one for each CPU that this process may use, and in a task for each that falls to its
+    worker."""
 
     backend: str
     """What runs them; see `Executor`."""

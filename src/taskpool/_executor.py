@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as _StandardExecutor
 from typing import TYPE_CHECKING, Any, Self
 
+from taskpool import _nesting
 from taskpool._calls import Calls
 from taskpool._checks import check_callable, check_count, check_limit, check_name, check_seconds, default_workers
 from taskpool._options import TaskOptions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from taskpool._retry import Retry
 
 EXIT_TIMEOUT = 60.0  # seconds that the end of the interpreter waits for accepted tasks, unless shutdown_timeout is set
+WORKER_EXIT_TIMEOUT = 0.5  # seconds that the end of a worker waits for the executors that its tasks have left open
 STOP_TIME = 2.0  # seconds beyond its bound in which a shutdown has killed and buried everything
 
 _numbers = iter(range(1, 1 << 62))
@@ -36,8 +38,8 @@ class Executor(Calls, _StandardExecutor):
     """Runs tasks on workers, in other processes by default: a `concurrent.futures.Executor` that survives its tasks.
 
     Args:
-        max_workers: How many workers there may be; None is one for each CPU that this process may use. They start when
-            there is work for them.
+        max_workers: How many workers there may be; None is one for each CPU that this process may use, and in a task
+            for each that falls to its worker. They start when there is work for them.
         backend: "process" (taskpool's own processes), "futures" (hosted by `ProcessPoolExecutor`), "pool" (hosted by
             `multiprocessing.Pool`), "thread", or "serial" (the caller itself, for debugging).
         mp_context: A start method's name or a context of `multiprocessing`. None starts workers from a template
@@ -301,7 +303,7 @@ def _end_at_exit() -> None:
     global _exiting
     _exiting = True
     failed = getattr(sys, "last_type", None) is not None
-    backends = [backend for backend in list(_open_backends) if backend.pid == os.getpid()]
+    backends = _own_backends()
     for backend in backends:
         if failed:
             backend.terminate(time.monotonic() + 1.0)
@@ -314,6 +316,22 @@ def _end_at_exit() -> None:
         for backend in backends:
             backend.join(STOP_TIME)
         raise
+
+
+def _end_with_worker() -> None:
+    """In a worker that ends: stop what its tasks have left running, in less than the time that its parent gives it."""
+    global _exiting
+    _exiting = True
+    backends = _own_backends()
+    began = time.monotonic()
+    for backend in backends:
+        backend.terminate(began + WORKER_EXIT_TIMEOUT / 2)
+    for backend in backends:
+        backend.join(max(0.0, began + WORKER_EXIT_TIMEOUT - time.monotonic()))
+
+
+def _own_backends() -> list[Backend]:
+    return [backend for backend in list(_open_backends) if backend.pid == os.getpid()]
 
 
 def _await_end(backends: list[Backend]) -> None:
@@ -339,6 +357,17 @@ def _register_exit() -> None:
 
         register = atexit.register
     register(_end_at_exit)
+    _nesting.at_end.append(_end_with_worker)
 
 
 _register_exit()
+
+
+def _start_afresh() -> None:
+    """In a forked child: it may be a worker, forked while its parent ends, that has work to do yet."""
+    global _exiting
+    _exiting = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)

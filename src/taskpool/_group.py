@@ -144,11 +144,12 @@ class TaskGroup:
         news: queue.SimpleQueue[None] = queue.SimpleQueue()  # unlike a condition it stands a handler that raises
         self._members.wake = functools.partial(news.put, None)
         end = now() + seconds
-        while not self._members.have_ended() and now() < end:
-            if self._members.is_stopping:
-                self._members.stop()
-            with contextlib.suppress(queue.Empty):
-                news.get(timeout=None if end == math.inf else max(0.0, end - now()))
+        with self._backend.waiting():
+            while not self._members.have_ended() and now() < end:
+                if self._members.is_stopping:
+                    self._members.stop()
+                with contextlib.suppress(queue.Empty):
+                    news.get(timeout=None if end == math.inf else max(0.0, end - now()))
 
     # The block in asyncio
 
@@ -199,8 +200,9 @@ class TaskGroup:
             return
         self._members.wake = block.ring
         end = now() + seconds
-        while not self._members.have_ended() and now() < end:
-            await block.wait(end - now())
+        with self._backend.waiting():
+            while not self._members.have_ended() and now() < end:
+                await block.wait(end - now())
 
     async def _outlast(self, block: Block, seconds: float) -> None:
         """Wait at most so long, however often the waiting task is cancelled."""
@@ -215,6 +217,7 @@ class TaskGroup:
     # Both
 
     def _enter(self) -> None:
+        self._members.level = self._backend.level()
         self._outer = _innermost.get()
         if self._outer is not None:
             self._outer.enclose(self._members)
@@ -320,6 +323,7 @@ class _Members:
     def __init__(self, title: str) -> None:
         self.title = title
         self.is_stopping: bool = False  # nothing starts any more, and what runs is stopped
+        self.level: int = 0  # how many tasks wait for the members, each for the next
         self.submitted = 0
         self.in_time: int | None = None  # how many had ended when the time was over; None if it is not
         self.wake: Callable[[], object] | None = None  # wakes whoever leaves the block

@@ -7,6 +7,7 @@ group; whoever does not takes the groups as they come.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ class MapJob:
         self.options = options
         self.chunksize = chunksize
         self.cancelled: bool = False
+        self.level: int = 0  # how many tasks wait for its items, each for the next
         self.deadline: float | None = None  # the call's own (monotonic)
         self.seconds: float | None = None  # how long an item takes, of late
         self.item_bytes: float = 0.0  # how large it is, or its result, pickled
@@ -163,6 +165,10 @@ class MapBackend:
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Accept the items of `job` from index `first` on."""
         raise NotImplementedError
+
+    def waiting(self, job: MapJob | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return what to be in while waiting: for an outcome of `job`, or for tasks that were submitted for that."""
+        return contextlib.nullcontext()
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop the job's items that have not started and, if `stop`, stop those that run."""

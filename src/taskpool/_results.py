@@ -215,7 +215,8 @@ class MapResults:
         try:
             if self._is_finished():
                 return None
-            settled = self._job.take(self._due(), self._deadline)
+            with self._backend.waiting(self._job):
+                settled = self._job.take(self._due(), self._deadline)
             if settled is None:
                 raise self._timed_out()
         except BaseException:

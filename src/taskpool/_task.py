@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from concurrent.futures._base import RUNNING as _RUNNING
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from taskpool._checks import check_seconds
 from taskpool.errors import ForkedExecutorError
@@ -125,6 +125,7 @@ class Group(Protocol):
     """What a future knows of the group that it is a member of."""
 
     is_stopping: bool  # no member may start any more
+    level: int  # how many tasks wait for its members, each for the next
 
     def ended(self, member: TaskFuture[Any]) -> None:
         """A member is resolved. Called under its lock, in any thread; never blocks, and never raises an Exception."""
@@ -293,6 +294,12 @@ class TaskFuture(Future[T]):
     def _give_up(self) -> None:
         with contextlib.suppress(ForkedExecutorError):  # in a forked child it is not ours to stop
             self.cancel()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a TaskFuture cannot be sent to a worker: it is resolved in the process that submitted its task; wait for "
+            "it there, and send its result"
+        )
 
     def _wait(self, timeout: float | None) -> None:
         seconds = check_seconds(timeout, "timeout")

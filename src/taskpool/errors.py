@@ -12,6 +12,7 @@ Exception
     ├── RemoteError               stands for an exception that could not make the journey
     ├── QueueFullError            max_pending tasks are waiting           (also queue.Full)
     ├── ForkedExecutorError       an executor was used in a forked child  (also RuntimeError)
+    ├── NestingError              calls inside of calls go too deep       (also RuntimeError)
     └── UnsupportedError          this backend cannot do that             (also NotImplementedError)
 ```
 
@@ -29,6 +30,7 @@ __all__ = [
     "CallTimeoutError",
     "ForkedExecutorError",
     "InitializerError",
+    "NestingError",
     "NotSendableError",
     "QueueFullError",
     "RemoteError",
@@ -158,6 +160,10 @@ class QueueFullError(TaskPoolError, queue.Full):
 
 class ForkedExecutorError(TaskPoolError, RuntimeError):
     """An executor was used in a forked child. Its workers belong to the parent; make a new executor in the child."""
+
+
+class NestingError(TaskPoolError, RuntimeError):
+    """Tasks that use taskpool themselves are nested too deep, or too many of them wait for others."""
 
 
 class UnsupportedError(TaskPoolError, NotImplementedError):

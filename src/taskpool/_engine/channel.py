@@ -479,7 +479,7 @@ class WorkerChannel:
         for fd in (self._tasks, self._results, self.life, self.page_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
-        self._tasks = self._results = -1  # the numbers may soon mean other files
+        self._tasks = self._results = self.life = self.page_fd = -1  # the numbers may soon mean other files
         self._lock = threading.RLock()  # another thread, which is not here, may have been writing
         self._waiting.clear()
         self._is_writing = False

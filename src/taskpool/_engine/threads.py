@@ -1,10 +1,40 @@
-"""Starting a thread where no signal handler can come between."""
+"""Starting a thread where nothing can come between: no signal handler, and no interrupt of the thread that does it."""
 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class InterruptibleThread(threading.Thread):
+    """A thread in which others raise an exception to end what it does; only while they hold its `shield`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.shield: contextlib.AbstractContextManager[Any] = threading.RLock()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep interrupts of the current thread out.
+
+    One that cuts `Thread.start` leaves locks of it taken. Up to Python 3.11 it can also hit the new thread, which for
+    a moment has the id of this one; it then dies before it has begun, and `start` waits for it for ever.
+    """
+    thread = threading.current_thread()
+    if isinstance(thread, InterruptibleThread):
+        with thread.shield:
+            _let_pass()
+            yield
+    else:
+        yield
+
+
+def _let_pass() -> None:
+    """Do nothing: an interrupt that was sent before is raised when Python code begins."""
 
 
 def start_undisturbed(start: Callable[[], None]) -> None:
@@ -21,7 +51,8 @@ def start_undisturbed(start: Callable[[], None]) -> None:
         RuntimeError: If no thread can be started.
     """
     if threading.current_thread() is not threading.main_thread():
-        start()
+        with undisturbed():
+            start()
         return
     gate = threading.Lock()
     gate.acquire()

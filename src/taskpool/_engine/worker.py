@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from taskpool import _current
+from taskpool import _current, _nesting
 from taskpool._engine import exceptions, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
@@ -141,7 +141,7 @@ class Worker:
 
     def _set_up(self, frame: Frame) -> None:
         try:
-            prefix, log_levels, sent_initializer = wire.loads(frame.body)
+            prefix, log_levels, _, sent_initializer = wire.loads(frame.body)
             self.name = f"{prefix}-{frame.item}"
             self._forward_logs(log_levels)
             initializer, initargs = sent_initializer or self._initializer
@@ -462,6 +462,8 @@ def main(
     stop.on_interrupt(worker._handler)
     try:
         worker.run()
+        for call in _nesting.at_end:
+            call()
     except OSError:
         # The channel is gone: the task closed it, or this is a child that the task forked and that came back here.
         os._exit(1 if os.getpid() == pid else 0)

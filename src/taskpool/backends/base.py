@@ -222,6 +222,10 @@ class Backend(MapBackend):
         """A thread begins to wait for this future; there is nothing that it could do itself."""
         self.check_process()
 
+    def level(self) -> int:
+        """Return how many tasks wait, each for the next, for what the caller is going to wait for."""
+        return 0
+
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer."""
         self._slots.free(future)

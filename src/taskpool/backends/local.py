@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from taskpool._current import CurrentTask, name_of, running
 from taskpool._engine import exceptions
+from taskpool._engine.threads import undisturbed
+from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
 from taskpool._retry import Attempts
@@ -27,10 +29,6 @@ from taskpool.events import How, TaskEnded, TaskRetried
 _orders = itertools.count()
 
 
-class TaskInterrupt(BaseException):
-    """Raised inside a task that must end. Not an Exception, so that ordinary handlers let it pass."""
-
-
 class LocalTask:
     """A task that runs in this process: a call, or one item of a map.
 
@@ -39,6 +37,8 @@ class LocalTask:
         name: Its name.
         task_id: What `current_task().id` is in it.
     """
+
+    in_queue: bool = True  # whether it stands in one, until it is taken
 
     def __init__(self, options: TaskOptions, name: str, task_id: str) -> None:
         self.options = options
@@ -73,6 +73,11 @@ class LocalTask:
 
     def owns(self, target: object) -> bool:
         """Whether a request to stop `target`, a future or a map, means this."""
+        raise NotImplementedError
+
+    @property
+    def level(self) -> int:
+        """How many tasks wait for it, each for the next."""
         raise NotImplementedError
 
     @property
@@ -135,6 +140,7 @@ class LocalCall(LocalTask):
     def __init__(self, future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> None:
         super().__init__(options, future.task_name, future.task_id)
         self.future = future
+        self.lifted_to: int = 0
         self._call: Any = fn, args, kwargs
 
     def claim(self) -> bool:
@@ -173,6 +179,11 @@ class LocalCall(LocalTask):
         """Whether this is the future."""
         return target is self.future
 
+    @property
+    def level(self) -> int:
+        """That of the tasks that wait for its future."""
+        return self.lifted_to
+
 
 class LocalItem(LocalTask):
     """One item of a map in this process."""
@@ -186,8 +197,10 @@ class LocalItem(LocalTask):
 
     def claim(self) -> bool:
         """Take it off the queue; False if the map was cancelled or its time is over."""
-        deadline = self.job.deadline
-        return not self.job.cancelled and (deadline is None or time.monotonic() < deadline)
+        return not self.job.cancelled and not self._is_late()
+
+    def _is_late(self) -> bool:
+        return self.job.deadline is not None and time.monotonic() >= self.job.deadline
 
     def call(self) -> Any:
         """Run it."""
@@ -209,6 +222,8 @@ class LocalItem(LocalTask):
         """Give the map its outcome; None is a cancellation."""
         if not self._unsettled.acquire(blocking=False):
             return False
+        if outcome is None and self._is_late():
+            return True  # whoever asks is told that the time is over
         if outcome is None:
             outcome = Failure(CancelledError())  # not asked for where it was the map that was cancelled
         elif outcome.ok:
@@ -219,6 +234,11 @@ class LocalItem(LocalTask):
     def owns(self, target: object) -> bool:
         """Whether this is the map."""
         return target is self.job
+
+    @property
+    def level(self) -> int:
+        """That of the tasks that wait for the map."""
+        return self.job.level
 
 
 @contextlib.contextmanager
@@ -292,28 +312,30 @@ class Alarms:
     def __init__(self, name: str) -> None:
         self._name = name
         self._due: dict[object, tuple[float, Callable[[], None]]] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # see ThreadBackend
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def set(self, key: object, when: float, call: Callable[[], None]) -> None:
         """Have `call` called at the monotonic time `when`."""
-        with self._changed:
+        with self._lock:
             self._due[key] = when, call
             self._closed = False
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=f"{self._name}-limits", daemon=True)
-                self._thread.start()
+                with undisturbed():
+                    self._thread.start()
             self._changed.notify()
 
     def clear(self, key: object) -> None:
         """Forget one."""
-        with self._changed:
+        with self._lock:
             self._due.pop(key, None)
 
     def close(self) -> None:
         """Forget all, and end the thread."""
-        with self._changed:
+        with self._lock:
             self._due.clear()
             self._closed = True
             thread = self._thread
@@ -330,7 +352,7 @@ class Alarms:
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for the next call; None when nothing has been due for a while, or all has ended."""
-        with self._changed:
+        with self._lock:
             while True:
                 if not self._due and not self._changed.wait_for(lambda: self._due or self._closed, 1.0):
                     break

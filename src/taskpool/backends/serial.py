@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Failure, RawOutcome, TaskFuture
@@ -20,7 +21,6 @@ from taskpool.backends.local import (
     LocalItem,
     LocalTask,
     Ran,
-    TaskInterrupt,
     as_current,
     cancel_interrupt,
     interrupt_thread,
@@ -82,7 +82,7 @@ class SerialBackend(Backend):
                 with self._limited(run, self.setup.start_timeout, None):
                     self.setup.initializer(*self.setup.initargs)
             except BaseException as cause:
-                if run.ctrl_c:
+                if run.passed_on(cut=isinstance(cause, TaskInterrupt) and not run.interrupted):
                     raise
                 self._broken = cause
             if run.timed_out:
@@ -127,20 +127,21 @@ class SerialBackend(Backend):
         run = LocalRun(task)
         self._running.append(run)
         outcome: RawOutcome | None = None
+        cut = False  # by an interrupt that means a task around this one
         try:
             with as_current(task, lambda: run.interrupted), self._limited(run, task.options.task_timeout, deadline):
                 outcome = run_task(task)
         except TaskInterrupt:
-            pass
+            cut = not run.interrupted
         finally:
             self._running.remove(run)
-        if run.ctrl_c:
-            task.settle(None, Ran(began, time.monotonic() - began, "serial", task.attempt))
-            self._counts["cancelled"] += 1
-            raise KeyboardInterrupt
         if run.interrupted:
             outcome = timed_out(task, run.stack) if run.timed_out else None
         ran = Ran(began, time.monotonic() - began, "serial", task.attempt)
+        passed_on = run.passed_on(cut=cut)
+        if passed_on is not None:
+            self._settle(task, None if passed_on is KeyboardInterrupt else outcome, ran, timed_out=run.timed_out)
+            raise passed_on
         return self._conclude(task, outcome, ran, timed_out=run.timed_out)
 
     def _conclude(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> float | None:
@@ -150,11 +151,14 @@ class SerialBackend(Backend):
                 self._counts["retried"] += 1
                 task.tell_retried(self.setup, outcome.decode()[1], wait)
                 return wait
+        self._settle(task, outcome, ran, timed_out=timed_out)
+        return None
+
+    def _settle(self, task: LocalTask, outcome: RawOutcome | None, ran: Ran, *, timed_out: bool) -> None:
         if task.settle(outcome, ran):
             how = kind_of(outcome, timed_out=timed_out)
             self._counts[how] += 1
             task.tell_ended(self.setup, how, outcome, ran)
-        return None
 
     @contextlib.contextmanager
     def _limited(self, run: LocalRun, limit: float | None, deadline: float | None) -> Iterator[None]:
@@ -233,6 +237,7 @@ class LocalRun:
     """One task that runs in the caller's thread: inside `with` it can be interrupted.
 
     In the main thread a signal wakes it from a blocking call; elsewhere only running Python code can be interrupted.
+    A task that runs others in its own thread may be interrupted while they run: that goes through them.
     """
 
     def __init__(self, task: LocalTask | None) -> None:
@@ -245,13 +250,17 @@ class LocalRun:
         self._in_main = threading.current_thread() is threading.main_thread()
         self._lock = threading.Lock()
         self._active = False
+        self._raised = False  # whether the interrupt has arrived
         self._handlers: dict[signal.Signals, Any] = {}
+        self._outer: LocalRun | None = getattr(_here, "run", None)
+        self._interrupted_around = self._count_around()
 
     def __enter__(self) -> None:
         if self._in_main:
             self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle_ctrl_c)
+        _here.run = self
         self._active = True
 
     def __exit__(self, *_: object) -> None:
@@ -259,6 +268,7 @@ class LocalRun:
             self._active = False
             if self.interrupted and not self._in_main:
                 cancel_interrupt(self._thread)
+        _here.run = self._outer
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -274,10 +284,47 @@ class LocalRun:
             else:
                 interrupt_thread(self._thread)
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self._active:
-            raise TaskInterrupt
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and not self._raised:
+            self._raised = True
+            if self._active:
+                raise TaskInterrupt
+            return
+        handler = self._handlers.get(signal.SIGUSR1)
+        if callable(handler):  # of the task around this one, of the worker that runs it, or the program's own
+            handler(number, frame)
 
     def _handle_ctrl_c(self, _number: int, _frame: FrameType | None) -> None:
         self.ctrl_c = True
         raise KeyboardInterrupt
+
+    # Tasks around this one
+
+    def passed_on(self, *, cut: bool) -> type[BaseException] | None:
+        """Return what must be raised behind this task, since it was not meant for it.
+
+        Args:
+            cut: Whether this task was cut by such an interrupt. One may also have ended in it unseen: its code caught
+                it, or it came together with one of its own.
+        """
+        if self.ctrl_c or any(run.ctrl_c for run in self._around()):
+            return KeyboardInterrupt
+        return TaskInterrupt if cut or self._count_around() > self._interrupted_around else None
+
+    def _around(self) -> Iterator[LocalRun]:
+        run = self._outer
+        while run is not None:
+            yield run
+            run = run._outer
+
+    def _count_around(self) -> int:
+        """Count the tasks around this one that are being interrupted, and that know of it from now on."""
+        count = 0
+        for run in self._around():
+            with run._lock:
+                count += run.interrupted
+                run._raised = run.interrupted
+        return count
+
+
+_here = threading.local()  # its `run` is the innermost one of each thread

@@ -8,11 +8,13 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
 
+from taskpool._engine.threads import InterruptibleThread, undisturbed
+from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import Failure, RawOutcome, TaskFuture
@@ -23,7 +25,6 @@ from taskpool.backends.local import (
     LocalItem,
     LocalTask,
     Ran,
-    TaskInterrupt,
     as_current,
     cancel_interrupt,
     interrupt_thread,
@@ -33,11 +34,23 @@ from taskpool.backends.local import (
     stack_of,
     timed_out,
 )
-from taskpool.errors import InitializerError
+from taskpool.errors import InitializerError, NestingError
+
+MOST_WAITING = 8, 64  # how many tasks may wait for others: so many for each worker, and so many besides
+LINGER = 10e-3  # seconds that a thread which is one too many stays, since the next wait may begin at once
 
 
 class ThreadBackend(Backend):
-    """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced."""
+    """Runs tasks in threads. A thread that does not leave a task in time is abandoned, counted and replaced.
+
+    A task may wait for other tasks. What it waits for comes before all that no task waits for, and the thread of the one
+    that waits does not count then, so that there is another one. It runs nothing else: no more tasks begin than there
+    are workers, and as many threads wait as tasks are nested deep, not as many as will wait when their turn comes.
+
+    An interrupt may strike a task inside any call of this class. All states are therefore changed under a lock that is
+    C code, which `with` takes and holds in one step; entering a condition is a Python call, which can be cut when it
+    has just got its lock.
+    """
 
     capabilities: Capabilities = Capabilities(
         kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
@@ -52,9 +65,10 @@ class ThreadBackend(Backend):
             max_tasks_per_child=setup.max_tasks_per_child,
         )
         self._alarms = Alarms(setup.name)
-        self._heap: list[tuple[int, int, LocalTask]] = []
+        self._heap: list[tuple[int, int, int, LocalTask]] = []
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._threads: set[WorkerThread] = set()
         self._numbers = itertools.count(1)
         self._closing = False
@@ -73,32 +87,68 @@ class ThreadBackend(Backend):
     ) -> None:
         """Queue a call."""
         self._raise_if_broken()
+        future._waiters = Waiters(future, self.begin_wait_for)
         call = LocalCall(future, fn, args, kwargs, options)
+        call.lifted_to = 0 if future._group is None else future._group.level
         self._slots.take(future, options.submit_timeout, self.is_own_thread)
         self._calls[id(future)] = call
         self._queue([call])
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
-        """Queue items of a map."""
+        """Queue items of a map. A task that maps is about to wait for them."""
         self._raise_if_broken()
+        job.level = max(job.level, _level_here())
         self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer, and forget it if it was cancelled."""
         super().left_queue(future)
-        call = self._calls.pop(id(future), None)
+        call = self._calls.get(id(future))
         if call is not None and future.cancelled():
             call.drop()
             self._forget(call)
 
     def _queue(self, tasks: Sequence[LocalTask]) -> None:
-        with self._changed:
+        with self._lock:
             for task in tasks:
-                heapq.heappush(self._heap, (-task.options.priority, task.order, task))
-            idle = sum(thread.task is None for thread in self._threads)
-            for _ in range(min(len(self._heap) - idle, self.workers - len(self._threads))):
-                self._start_thread()
+                task.in_queue = True
+                self._push(task)
+            self._start_threads()
             self._changed.notify(len(tasks) if not self._closing else len(self._threads) + len(tasks))
+
+    def _push(self, task: LocalTask) -> None:
+        heapq.heappush(self._heap, (-task.level, -task.options.priority, task.order, task))
+
+    def _first(self) -> LocalTask | None:
+        """Return the next task; one that was lifted may stand in the queue again, further behind."""
+        while self._heap and not self._heap[0][-1].in_queue:
+            heapq.heappop(self._heap)
+        return self._heap[0][-1] if self._heap else None
+
+    def _pop(self) -> LocalTask | None:
+        """Take the next task off the queue."""
+        task = self._first()
+        if task is not None:
+            heapq.heappop(self._heap)
+            task.in_queue = False
+        return task
+
+    def _pop_all(self) -> list[LocalTask]:
+        return list(iter(self._pop, None))
+
+    def _start_threads(self) -> None:
+        """Start as many as there is work and room for."""
+        first = self._first()
+        if first is None or (not first.level and len(self._threads) >= self.workers):
+            return
+        present = self._counting_for(first)
+        idle = sum(thread.task is None for thread in present)
+        for _ in range(min(len(self._heap) - idle, self.workers - len(present))):
+            self._start_thread()
+
+    def _counting_for(self, task: LocalTask) -> list[WorkerThread]:
+        """Return the threads that count when it is asked whether there is one for `task`."""
+        return [thread for thread in self._threads if not (task.level and thread.waits)]
 
     def _start_thread(self) -> None:
         thread = WorkerThread(self, f"{self.setup.name}-thread-{next(self._numbers)}")
@@ -106,8 +156,9 @@ class ThreadBackend(Backend):
         if self.setup.initializer is not None and seconds is not None:
             late = TimeoutError(f"it did not finish within start_timeout={seconds:g} seconds")
             self._alarms.set(thread, time.monotonic() + seconds, lambda: self.initializer_failed(thread, late))
-        thread.start()
-        self._threads.add(thread)
+        with undisturbed():
+            thread.start()
+            self._threads.add(thread)
         self._counts["started"] += 1
 
     def _raise_if_broken(self) -> None:
@@ -119,17 +170,12 @@ class ThreadBackend(Backend):
     def next_task(self, thread: WorkerThread) -> LocalTask | None:
         """Return the next task for a thread; None is the sentinel."""
         while True:
-            with self._changed:
-                while not self._heap or thread not in self._threads:
-                    if (self._closing and not self._waiting) or thread not in self._threads:
-                        self._threads.discard(thread)
-                        self._changed.notify_all()
-                        return None
-                    if not self._changed.wait(self.setup.idle_timeout) and not self._heap:
-                        self._threads.discard(thread)
-                        self._changed.notify_all()
-                        return None
-                task = heapq.heappop(self._heap)[2]
+            with self._lock:
+                task = self._await_task(thread)
+                if task is None:
+                    self._threads.discard(thread)
+                    self._changed.notify_all()
+                    return None
                 thread.task = task
             if isinstance(task, LocalCall):
                 self.left_queue(task.future)
@@ -137,6 +183,28 @@ class ThreadBackend(Backend):
                 return task
             thread.task = None
             self._counts["cancelled"] += 1
+
+    def _await_task(self, thread: WorkerThread) -> LocalTask | None:
+        """Wait for the next task, under the lock; None if the thread shall end."""
+        while thread in self._threads:
+            first = self._first()
+            if first is not None and self._may_begin(first):
+                return self._pop()
+            if first is None and self._closing and not self._waiting:
+                return None
+            timeout = LINGER if self._has_too_many() else self.setup.idle_timeout
+            if not self._changed.wait(timeout) and (self._has_too_many() or self._first() is None):
+                return None
+        return None
+
+    def _may_begin(self, task: LocalTask) -> bool:
+        """Whether an idle thread may begin this task."""
+        if len(self._threads) <= self.workers:
+            return True
+        return sum(thread.task is not None for thread in self._counting_for(task)) < self.workers
+
+    def _has_too_many(self) -> bool:
+        return sum(not thread.waits for thread in self._threads) > self.workers
 
     def started(self, thread: WorkerThread, task: LocalTask) -> None:
         """A thread begins a task."""
@@ -146,10 +214,11 @@ class ThreadBackend(Backend):
 
     def ended(self, thread: WorkerThread, task: LocalTask, outcome: RawOutcome | None) -> None:
         """A thread has left a task."""
-        with self._changed:
+        with self._lock:
             if thread.abandoned:
                 return  # the task was given its end before
             thread.task = None
+            thread.waits.clear()  # of those that were cut, or that the task has left open
             ended = self._ended(thread, task, outcome)
         if task.options.task_timeout is not None or thread.interrupted:
             self._alarms.clear(thread)
@@ -175,7 +244,7 @@ class ThreadBackend(Backend):
                     task.tell_retried(self.setup, outcome.decode()[1], wait)
                 self._try_again(task, wait)
         finally:
-            with self._changed:
+            with self._lock:
                 self._undecided.discard(ended)
                 if self._closing:
                     self._changed.notify_all()
@@ -196,7 +265,7 @@ class ThreadBackend(Backend):
             self._counts["cancelled"] += 1
             return
         self._counts["retried"] += 1
-        with self._changed:
+        with self._lock:
             self._waiting[task] = None
         if wait > 0:
             self._alarms.set(task, time.monotonic() + wait, lambda: self._queue_again(task))
@@ -209,20 +278,20 @@ class ThreadBackend(Backend):
 
     def _forget(self, task: LocalTask) -> None:
         """Drop a task that was cancelled, if it waits for its next attempt."""
-        with self._changed:
+        with self._lock:
             if self._waiting.pop(task, 0) is None:
                 self._counts["cancelled"] += isinstance(task, LocalCall)
                 self._alarms.clear(task)
                 self._changed.notify_all()
 
     def _queue_again(self, task: LocalTask) -> None:
-        with self._changed:
+        with self._lock:
             is_waiting = self._waiting.pop(task, 0) is None
         if is_waiting:
             self._queue([task])
 
     def _refuse_waiting(self, error: BaseException | None = None) -> None:
-        with self._changed:
+        with self._lock:
             waiting, self._waiting = self._waiting, {}
             self._changed.notify_all()
         for task in waiting:
@@ -235,14 +304,89 @@ class ThreadBackend(Backend):
 
     def initializer_failed(self, thread: WorkerThread, error: BaseException) -> None:
         """A thread cannot be made ready: fail all that waits."""
-        with self._changed:
+        with self._lock:
             self._broken = error
             self._threads.discard(thread)
-            waiting, self._heap = self._heap, []
+            waiting = self._pop_all()
             self._changed.notify_all()
-        for _priority, _order, task in waiting:
+        for task in waiting:
             self._refuse(task, _failure(error))
         self._refuse_waiting(error)
+
+    # Tasks wait for tasks
+
+    def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """Do the waiting here, if it is a task that waits."""
+        self.check_process()
+        thread, wait = threading.current_thread(), object()
+        if isinstance(thread, WorkerThread):
+            try:
+                self.begin_wait_for(future, thread, wait)
+                future.sleep(timeout)
+            finally:
+                thread.backend.end_wait(thread, wait)
+
+    def level(self) -> int:
+        """One more than the current task's, if there is one."""
+        return _level_here()
+
+    def waiting(self, job: MapJob | None = None) -> contextlib.AbstractContextManager[None]:
+        """Have another thread run what is waited for, if it is a task that waits."""
+        level = _level_here()
+        if job is not None and job.level < level:  # somebody else has called the map
+            with self._lock:
+                job.level = level
+                self._lifted([entry[-1] for entry in self._heap if entry[-1].owns(job)])
+        return _not_counting()
+
+    def begin_wait_for(self, future: TaskFuture[Any], thread: WorkerThread, wait: object) -> None:
+        """A thread's task begins to wait for a call of this backend.
+
+        Raises:
+            NestingError: As `begin_wait` does. The call is cancelled: it would go on with the recursion.
+        """
+        with self._lock:
+            call, level = self._calls.get(id(future)), _level_here()
+            if call is not None and call.level < level:
+                call.lifted_to = level
+                self._lifted([call])
+        try:
+            thread.backend.begin_wait(thread, wait)
+        except NestingError:
+            future.cancel()
+            raise
+
+    def _lifted(self, tasks: Sequence[LocalTask]) -> None:
+        """Bring what has been lifted to where it stands now; what runs keeps its level for its next attempt."""
+        for task in tasks:
+            if task.in_queue:
+                self._push(task)
+        self._start_threads()  # there may be threads that wait here, also if the current task is another backend's
+        self._changed.notify_all()
+
+    def begin_wait(self, thread: WorkerThread, wait: object) -> None:
+        """A thread's task begins to wait for others, of this backend or another one of threads.
+
+        Raises:
+            NestingError: If so many wait already that it must be a recursion without end.
+        """
+        with self._lock:
+            each, besides = MOST_WAITING
+            waiting = sum(bool(other.waits) for other in self._threads)
+            if waiting >= each * self.workers + besides and not thread.waits:
+                raise NestingError(
+                    f"{waiting} tasks of executor {self.setup.name!r} wait for other tasks of it, and no more threads "
+                    "are started to run those: nest tasks less deep, or give it more workers"
+                )
+            thread.waits.add(wait)
+            self._start_threads()
+            self._changed.notify_all()
+
+    def end_wait(self, thread: WorkerThread, wait: object) -> None:
+        """A wait is over; a thread that idles may be one too many now."""
+        with self._lock:
+            thread.waits.discard(wait)
+            self._changed.notify_all()
 
     # Stopping tasks
 
@@ -266,15 +410,15 @@ class ThreadBackend(Backend):
 
     def _abandon(self, thread: WorkerThread, task: LocalTask) -> None:
         """The task did not yield: resolve it, leave the thread to itself, and use another one."""
-        with self._changed:
+        with self._lock:
             if thread.task is not task:
                 return
             thread.abandoned = True
             ended = self._ended(thread, task, timed_out(task, thread.stack) if thread.timed_out else None)
             self._threads.discard(thread)
             self._counts["replaced"] += 1
-            if self._heap and not self._broken:
-                self._start_thread()
+            if not self._broken:
+                self._start_threads()
             self._changed.notify_all()
         self._conclude(ended)
 
@@ -288,8 +432,8 @@ class ThreadBackend(Backend):
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop the items that have not started, and ask those that run to end."""
-        with self._changed:
-            self._heap = [entry for entry in self._heap if not entry[2].owns(job)]
+        with self._lock:
+            self._heap = [entry for entry in self._heap if not entry[-1].owns(job)]
             heapq.heapify(self._heap)
             waiting = [task for task in self._waiting if task.owns(job)]
         for task in waiting:
@@ -301,15 +445,13 @@ class ThreadBackend(Backend):
 
     def close(self, *, cancel: bool) -> None:
         """Finish what was accepted, then end the threads."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            waiting: list[tuple[int, int, LocalTask]] = []
-            if cancel:
-                self._is_over = True
-                waiting, self._heap = self._heap, []
+            self._is_over = self._is_over or cancel
+            waiting = self._pop_all() if cancel else []
             undecided = list(self._undecided)
             self._changed.notify_all()
-        for _priority, _order, task in waiting:
+        for task in waiting:
             self._refuse(task, None)
         if cancel:
             self._refuse_waiting()
@@ -334,7 +476,7 @@ class ThreadBackend(Backend):
     def join(self, timeout: float | None) -> bool:
         """Wait until every thread that was not abandoned has ended, and nothing waits for its next attempt."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
+        with _not_counting(), self._lock:
             own = [thread for thread in self._threads if thread is not threading.current_thread()]
             if not self._changed.wait_for(self._has_ended, timeout):
                 return False
@@ -351,14 +493,15 @@ class ThreadBackend(Backend):
 
     def is_own_thread(self) -> bool:
         """Whether this is one of the threads."""
-        return isinstance(threading.current_thread(), WorkerThread)
+        thread = threading.current_thread()
+        return isinstance(thread, WorkerThread) and thread.backend is self
 
     def stats(self) -> Stats:
         """Count threads and tasks."""
-        with self._changed:
+        with self._lock:
             running = sum(thread.task is not None for thread in self._threads)
             workers = len(self._threads)
-            queued = len(self._heap) + len(self._waiting)
+            queued = len({id(entry[-1]) for entry in self._heap if entry[-1].in_queue}) + len(self._waiting)
         return Stats(workers=workers, idle=workers - running, running=running, queued=queued, **self._counts)
 
 
@@ -372,11 +515,11 @@ class Ended:
     timed_out: bool
 
 
-class WorkerThread(threading.Thread):
+class WorkerThread(InterruptibleThread):
     """One thread: runs tasks until the sentinel, or until it is abandoned."""
 
     def __init__(self, backend: ThreadBackend, name: str) -> None:
-        super().__init__(name=name, daemon=True)
+        super().__init__(name)
         self.task: LocalTask | None = None
         self.interrupted: bool = False  # the current task was asked to end
         self.timed_out: bool = False  # ... because it passed its limit
@@ -384,48 +527,60 @@ class WorkerThread(threading.Thread):
         self.stack: str | None = None
         self.began: float = 0.0  # when the current task started (monotonic)
         self._leaving = False  # the current task has ended
-        self._backend = backend
-        self._lock = threading.Lock()  # held while deciding whether an interrupt still hits its task
+        self.waits: set[object] = set()  # what stands for each wait of its task for others
+        self.backend: ThreadBackend = backend
 
     def run(self) -> None:
         """Be the thread."""
-        setup = self._backend.setup
+        setup = self.backend.setup
         if setup.initializer is not None:
             try:
                 setup.initializer(*setup.initargs)
             except BaseException as error:
-                self._backend.initializer_failed(self, error)
+                self.backend.initializer_failed(self, error)
                 return
-            self._backend.initialized(self)
-        while (task := self._backend.next_task(self)) is not None:
+            self.backend.initialized(self)
+        while (task := self.backend.next_task(self)) is not None:
             self._run(task)
             del task
 
     def _run(self, task: LocalTask) -> None:
-        self.began, self._leaving = time.monotonic(), False
+        self.began = time.monotonic()
         with as_current(task, lambda: self.interrupted):
             outcome = self._run_interruptibly(task)
         if self.interrupted:  # also if the task swallowed it and went on to an end of its own
             outcome = timed_out(task, self.stack) if self.timed_out else None
-        self._backend.ended(self, task, outcome)
+        self.backend.ended(self, task, outcome)
         self.interrupted = self.timed_out = False
 
     def _run_interruptibly(self, task: LocalTask) -> RawOutcome | None:
         outcome: RawOutcome | None = None
         with contextlib.suppress(TaskInterrupt):
             try:
-                self._backend.started(self, task)
+                with self.shield:
+                    self._leaving = False
+                    self.backend.started(self, task)
                 outcome = run_task(task)
             finally:
-                with self._lock:  # from here on no interrupt is sent; one that was sent and not raised is taken back
+                with self.shield:  # from here on no interrupt is sent; one that was sent and not raised is taken back
                     self._leaving = True
                     if self.interrupted:
                         cancel_interrupt(self.ident or 0)
         return outcome
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Do not count while the task waits for others."""
+        wait = object()
+        try:
+            self.backend.begin_wait(self, wait)
+            yield
+        finally:
+            self.backend.end_wait(self, wait)
+
     def interrupt(self, task: LocalTask, *, has_timed_out: bool) -> bool:
         """Ask the current task to end; return whether it is `task`, and was not asked before."""
-        with self._lock:
+        with self.shield:
             if self.task is not task or self._leaving or self.interrupted or self.ident is None:
                 return False
             self.interrupted = True
@@ -433,6 +588,50 @@ class WorkerThread(threading.Thread):
             self.stack = stack_of(self.ident)
             interrupt_thread(self.ident)
             return True
+
+
+class Waiters(list[Any]):
+    """Who waits for a future by `concurrent.futures.wait` and `as_completed`: if a task does, its thread is told.
+
+    The standard library adds a waiter before it waits and removes it behind that; from `as_completed` also between two
+    results, which lets a thread too many run for a moment.
+    """
+
+    def __init__(self, future: TaskFuture[Any], begin: Callable[[TaskFuture[Any], WorkerThread, object], None]) -> None:
+        super().__init__()
+        self._future = weakref.ref(future)  # which has this
+        self._begin = begin
+        self._threads: dict[Any, tuple[WorkerThread, object]] = {}
+
+    def append(self, waiter: Any) -> None:
+        """Begin to wait."""
+        thread, future = threading.current_thread(), self._future()
+        if isinstance(thread, WorkerThread) and future is not None:
+            wait = object()
+            self._begin(future, thread, wait)
+            self._threads[waiter] = thread, wait
+        super().append(waiter)
+
+    def remove(self, waiter: Any) -> None:
+        """End it."""
+        super().remove(waiter)
+        thread, wait = self._threads.pop(waiter, (None, None))
+        if thread is not None:
+            thread.backend.end_wait(thread, wait)
+
+
+def _not_counting() -> contextlib.AbstractContextManager[None]:
+    """Return what to be in while waiting: if it is a task that waits its thread does not count."""
+    thread = threading.current_thread()
+    return thread.waiting() if isinstance(thread, WorkerThread) else contextlib.nullcontext()
+
+
+def _level_here() -> int:
+    """How many tasks wait, each for the next, for what the caller begins to wait for."""
+    thread = threading.current_thread()
+    if not isinstance(thread, WorkerThread):
+        return 0
+    return 1 if thread.task is None else thread.task.level + 1  # a callback or an initializer has no task
 
 
 def _initializer_error(cause: BaseException) -> InitializerError:

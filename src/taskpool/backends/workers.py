@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskpool import logs
+from taskpool import _nesting, logs
 from taskpool._engine import hosts, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
@@ -16,7 +16,7 @@ from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
 from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
-from taskpool.errors import NotSendableError, UnsupportedError
+from taskpool.errors import NestingError, NotSendableError, UnsupportedError
 
 
 class WorkersBackend(Backend):
@@ -30,6 +30,7 @@ class WorkersBackend(Backend):
     def __init__(self, name: str, setup: Setup) -> None:
         super().__init__(name, setup)
         _check_platform(name)
+        _check_depth()
         uses_template = name == "process" and setup.mp_context is None and _has_template()
         self.capabilities: Capabilities = Capabilities(
             kill=True, isolation=True, processes=True, start_methods=True, preload=uses_template, recycling=True
@@ -40,7 +41,7 @@ class WorkersBackend(Backend):
         settings = Settings(
             name=setup.name,
             max_workers=setup.max_workers,
-            setup=_pickle_setup(setup.name, initializer),
+            setup=_pickle_setup(setup, initializer),
             has_initializer=setup.initializer is not None,
             start_timeout=setup.start_timeout,
             max_tasks=setup.max_tasks_per_child,
@@ -159,6 +160,15 @@ def _check_platform(name: str) -> None:
         )
 
 
+def _check_depth() -> None:
+    if _nesting.depth >= _nesting.MAX_DEPTH:
+        raise NestingError(
+            f"this process is a worker {_nesting.depth} levels below the main program, and workers of its own would be "
+            "too deep: each level starts processes of its own. Here call the function itself, or use "
+            'backend="thread" or backend="serial"; higher up split the work into more items instead'
+        )
+
+
 def _make_host(name: str, setup: Setup, *, uses_template: bool) -> tuple[hosts.Host, tuple[Any, Any] | None]:
     """Return the host, and the initializer if it goes over the channel instead of with the process."""
     initializer = None if setup.initializer is None else (setup.initializer, setup.initargs)
@@ -185,9 +195,10 @@ def _check_not_bootstrapping(context: Any) -> None:
         )
 
 
-def _pickle_setup(name: str, initializer: tuple[Any, Any] | None) -> wire.Pickled:
+def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | None) -> wire.Pickled:
+    place = _nesting.Place(setup.max_workers)
     try:
-        return wire.frozen(wire.dumps((name, logs.current_levels(), initializer)))
+        return wire.frozen(wire.dumps((setup.name, logs.current_levels(), place, initializer)))
     except Exception as cause:
         raise NotSendableError(
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
