@@ -326,7 +326,7 @@ if __name__ == "__main__":
         for call in (lambda: pool.submit(task, 3).result(20), lambda: list(pool.map(task, [3]))):
             try:
                 print("no error:", call())
-            except taskpool.NotSendableError as error:
+            except (taskpool.NotSendableError, taskpool.ForkedExecutorError) as error:
                 print(error)
     pool.shutdown()
 """
@@ -335,12 +335,11 @@ if __name__ == "__main__":
 @pytest.mark.core
 @on_every_host
 def test_functions_of_main_that_use_a_global_executor(backend: Backend) -> None:
-    """They go by value with what they use, so the sentence is what one sees, under each start method."""
+    """They go by value with what they use; where a fork has brought that along, using it fails there. Always by name."""
     ended = run_script(GLOBAL, args=(backend.name, backend.start or ""))
     told = ended.out.splitlines()
     assert (ended.code, ended.err, len(told)) == (0, "", 10), ended
-    assert all(line.startswith("the function (of type ") and NOT_SENT in line for line in told), ended
-    assert ["TaskFuture" in line for line in told] == [False] * 4 + [True] * 2 + [False] * 4
+    assert all(("of __main__" in line and NOT_SENT in line) or "belongs to process" in line for line in told), ended
 
 
 @pytest.mark.parametrize("call", ["submit", "map", "result", "cancel", "wait"])

@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import traceback
+import types
 import warnings
 from typing import Any
 
@@ -275,6 +276,7 @@ def main(fd: int, preload: list[str]) -> None:
     """Be the template on the socket `fd`. Called by the parent with `python -c`."""
     os.setsid()
     stop.reset_signals()
+    sys.modules["__main__"] = types.ModuleType("__main__")  # where the parent's functions will live
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)  # noqa: FBT003
     # What every worker needs, once here instead of in each of them.

@@ -429,11 +429,11 @@ def _not_sendable(parts: list[tuple[str, object]], cause: Exception) -> NotSenda
     """Return the error that names the part that cannot be pickled; raise the cause if there is none."""
     for part, value in parts:
         try:
-            wire.dumps(value)
+            wire.dumps_for_worker(value)
         except Exception as error:
             return _explain(part, value, error)
     try:
-        wire.dumps([value for _part, value in parts])
+        wire.dumps_for_worker([value for _part, value in parts])
     except Exception as error:
         return _explain("the task", None, error)
     raise cause  # it can be pickled: it was a signal handler of the program that raised

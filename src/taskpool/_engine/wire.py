@@ -15,7 +15,6 @@ import io
 import pickle
 import struct
 import sys
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ Bytes = bytes | bytearray | memoryview
 
 OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
 SHORT = 16  # items of a container that are looked at one by one
+MAIN = b"_main__"  # the end of `__main__` and of `__mp_main__`, as multiprocessing calls it
 MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
 
 # kind, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
@@ -72,10 +72,10 @@ class BadFrameError(Exception):
 
 
 def dumps(value: object) -> Pickled:
-    """Pickle `value` for another process: by reference where that works there, by value (cloudpickle) where it does not.
+    """Pickle what goes to the parent: by reference where that works there, by value where it does not.
 
-    Functions and classes of `__main__` pickle by reference without complaint, and fail in a worker that never
-    imports `__main__`. So a stream that names `__main__` is made again by cloudpickle.
+    Functions and classes of `__main__` pickle by reference without complaint, but the parent's `__main__` is another
+    one. So a stream that names it is made again, by cloudpickle.
 
     Raises:
         Exception: Whatever pickling raised; user code runs here.
@@ -84,8 +84,21 @@ def dumps(value: object) -> Pickled:
         pickled = _dump(value)
     except Exception:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
-        return _dump_by_value(value)
-    return _dump_by_value(value) if b"__main__" in bytes(pickled.stream) else pickled
+        return _dump_home(value)
+    return _dump_home(value) if MAIN in bytes(pickled.stream) else pickled
+
+
+def dumps_for_worker(value: object) -> Pickled:
+    """Pickle what goes to a worker, where no `__main__` is but what is sent.
+
+    Raises:
+        Exception: Whatever pickling raised; user code runs here.
+    """
+    try:
+        pickled = _dump(value)
+    except Exception:
+        return _dump(functions.Parcel(value))
+    return _dump(functions.Parcel(value)) if MAIN in bytes(pickled.stream) else pickled
 
 
 def are_plain(values: list[Any]) -> bool:
@@ -111,13 +124,13 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
     """
     kept = functions.by_value(fn)
     if kept is None:
-        return dumps((fn, *rest))
+        return dumps_for_worker((fn, *rest))
     try:
         pickled = _dump((kept, *rest))
     except Exception:
-        return _dump_by_value((fn, *rest))
-    if bytes(pickled.stream).count(b"__main__") > kept.mentions:  # the arguments name it, too
-        return _dump_by_value((fn, *rest))
+        return _dump(functions.Parcel((fn, *rest)))
+    if bytes(pickled.stream).count(MAIN) > kept.mentions:  # the arguments name it, too
+        return _dump(functions.Parcel((fn, *rest)))
     return pickled
 
 
@@ -154,15 +167,9 @@ def loads_here(pickled: Pickled) -> Any:
         raise
 
 
-def _dump_by_value(value: object) -> Pickled:
-    import cloudpickle
-
-    buffers: list[PickleBuffer] = []
-    file = io.BytesIO()
-    pickler = cloudpickle.Pickler(file, 5, buffer_callback=_collector(buffers))
-    pickler.dispatch_table = ChainMap({}, _extra_reducers(), dict(pickler.dispatch_table))
-    pickler.dump(value)
-    return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
+def _dump_home(value: object) -> Pickled:
+    packed = functions.home(value)
+    return Pickled(packed.stream, [buffer.raw() for buffer in packed.buffers])
 
 
 def _dump(value: object) -> Pickled:
@@ -181,7 +188,7 @@ def _dump(value: object) -> Pickled:
 def _dump_beside(value: object) -> Pickled:
     buffers: list[PickleBuffer] = []
     file = io.BytesIO()
-    pickler = pickle.Pickler(file, 5, buffer_callback=_collector(buffers))
+    pickler = pickle.Pickler(file, 5, buffer_callback=collector(buffers))
     pickler.dispatch_table = _reducers()
     pickler.dump(value)
     return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
@@ -204,7 +211,9 @@ def _refuse_large(buffer: PickleBuffer) -> bool:
     return True  # inside the stream
 
 
-def _collector(buffers: list[PickleBuffer]) -> Callable[[PickleBuffer], bool]:
+def collector(buffers: list[PickleBuffer]) -> Callable[[PickleBuffer], bool]:
+    """Return what a pickler asks about each buffer: the large ones are collected, to travel beside the pickle."""
+
     def inside(buffer: PickleBuffer) -> bool:
         if _is_large(buffer):
             buffers.append(buffer)
@@ -214,7 +223,7 @@ def _collector(buffers: list[PickleBuffer]) -> Callable[[PickleBuffer], bool]:
     return inside
 
 
-def _extra_reducers() -> dict[Any, Any]:
+def extra_reducers() -> dict[Any, Any]:
     """Return the reducers that multiprocessing knows (connections, sockets, tensors), if anybody loaded them.
 
     Without them a `Connection` would pickle as its bare descriptor number, which means another file in the worker.
@@ -225,7 +234,7 @@ def _extra_reducers() -> dict[Any, Any]:
 
 def _reducers() -> dict[Any, Any]:
     """Return all reducers as one plain dict: a ChainMap would cost a Python call for each object that is pickled."""
-    return {**copyreg.dispatch_table, **_extra_reducers()}
+    return {**copyreg.dispatch_table, **extra_reducers()}
 
 
 def _modules_with_reducers() -> tuple[bytes, ...]:
@@ -234,7 +243,7 @@ def _modules_with_reducers() -> tuple[bytes, ...]:
     The quick attempt goes without them, since a pickler with a table of its own takes twice as long to make.
     """
     global _modules, _modules_from
-    extra = _extra_reducers()
+    extra = extra_reducers()
     if len(extra) != _modules_from:
         names = {cls.__module__ for cls in extra} - {"builtins", "functools"}
         _modules, _modules_from = tuple(name.encode() for name in sorted(names)), len(extra)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from taskpool import _current, _nesting
-from taskpool._engine import exceptions, stop, wire
+from taskpool._engine import exceptions, namespace, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
     BETWEEN,
@@ -455,6 +455,7 @@ def main(
         stop.reset_signals()
     stop.arm_life_pipe(channel.life)
     stop.write_stacks_to(channel.page_fd)
+    namespace.begin()
     worker = Worker(channel, initializer, initargs)
     _current.set_source(worker.current)
     pid = os.getpid()

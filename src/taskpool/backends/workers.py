@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool import _nesting, logs
-from taskpool._engine import hosts, wire
+from taskpool._engine import functions, hosts, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
 from taskpool._engine.units import make_call, make_pieces
@@ -41,7 +41,7 @@ class WorkersBackend(Backend):
         settings = Settings(
             name=setup.name,
             max_workers=setup.max_workers,
-            setup=_pickle_setup(setup, initializer),
+            setup=_pickle_setup(setup, initializer or functions.Globals(setup.initializer)),
             has_initializer=setup.initializer is not None,
             start_timeout=setup.start_timeout,
             max_tasks=setup.max_tasks_per_child,
@@ -195,10 +195,10 @@ def _check_not_bootstrapping(context: Any) -> None:
         )
 
 
-def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | None) -> wire.Pickled:
+def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | functions.Globals) -> wire.Pickled:
     place = _nesting.Place(setup.max_workers)
     try:
-        return wire.frozen(wire.dumps((setup.name, logs.current_levels(), place, initializer)))
+        return wire.frozen(wire.dumps_for_worker((setup.name, logs.current_levels(), place, initializer)))
     except Exception as cause:
         raise NotSendableError(
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
