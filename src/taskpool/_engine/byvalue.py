@@ -30,6 +30,12 @@ NAMING = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FRO
 NOT_SENT = {"__builtins__", "__loader__", "__name__", "__spec__"}  # each process has these of its own
 ATTRIBUTES = ("__name__", "__qualname__", "__doc__", "__annotations__", "__defaults__", "__kwdefaults__")
 LIVING = (Executor, Future, threading.Thread)  # a copy of one would be waited for in vain
+
+
+def _refuses_itself(cls: type) -> bool:
+    return any("__reduce__" in base.__dict__ for base in cls.__mro__[:-1])  # in words of its own
+
+
 CACHE = type(functools.cache(len))
 DISPATCHER = functools.singledispatch(len).__code__  # type: ignore[attr-defined]  # it is a function
 
@@ -159,9 +165,8 @@ class Global(Away):
 
     def reducer_override(self, obj: Any) -> Any:
         """Refuse what would be dead on the other side."""
-        if issubclass(type(obj), LIVING):
-            if type(obj).__reduce__ is object.__reduce__:  # one of ours says it in words of its own
-                raise TypeError(f"cannot pickle {type(obj).__name__!r} object")
+        if issubclass(type(obj), LIVING) and not _refuses_itself(type(obj)):
+            raise TypeError(f"cannot pickle {type(obj).__name__!r} object")
         return super().reducer_override(obj)
 
     def _reduce_at(self, obj: Any, name: Name, found: tuple[str, str]) -> Any:
