@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
@@ -38,6 +39,7 @@ class AsyncResults(MapResults):
         self, backend: MapBackend, job: MapJob, source: Iterable[Any] | AsyncIterable[Any], **how: Any
     ) -> None:
         self._incoming = Incoming(source) if isinstance(source, AsyncIterable) else None
+        self._label: str | None = None  # under which progress is shown
         self._bite = FIRST_BITE
         self._bitten = 0.0  # when the last bite was begun
         super().__init__(backend, job, iter(()) if isinstance(source, AsyncIterable) else source, **how)
@@ -48,6 +50,9 @@ class AsyncResults(MapResults):
         self._job.on_settled = visit.ring
         turned = time.monotonic()
         try:
+            if self._label is not None:
+                label = self._label
+                await elsewhere(lambda: super(AsyncResults, self).show_progress(label))
             if self._incoming is not None:
                 self._incoming.start(visit.arrived.set)
             while (settled := await self._arrival(visit)) is not None:
@@ -61,6 +66,14 @@ class AsyncResults(MapResults):
             self.close(stop=True)
             if self._incoming is not None:
                 await self._incoming.close()
+
+    def show_progress(self, label: str) -> None:
+        """Show how far the map is from its first record on: in another thread, since the terminal may take its time."""
+        self._label = label
+
+    def _end_display(self) -> None:
+        if self._display is not None:
+            threading.Thread(target=self._display.close, name="taskpool-display-end", daemon=True).start()
 
     async def _arrival(self, visit: Visit) -> Settled | None:
         """Return the next group; None at the end."""

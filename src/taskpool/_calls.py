@@ -307,7 +307,7 @@ class Calls:
         )
         self._executor._maps.add(results)
         if label is not None:
-            results.on_close(progress.show(job, label).close)
+            results.show_progress(label)
         return results
 
     # Many tasks with one end

@@ -10,10 +10,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any
 
+from taskpool import progress
 from taskpool._map import MapBackend, MapJob, Settled
 from taskpool._outcome import Outcome, short_repr
 from taskpool.errors import CallTimeoutError
@@ -54,7 +55,7 @@ class MapResults:
     ) -> None:
         self._backend = backend
         self._job = job
-        self._on_close: list[Callable[[], None]] = []
+        self._display: progress.Display | None = None
         self._seconds = timeout
         self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
         self._buffersize = buffersize
@@ -315,9 +316,11 @@ class MapResults:
 
     # The end
 
-    def on_close(self, call: Callable[[], None]) -> None:
-        """Have `call` called when the map ends, however it ends."""
-        self._on_close.append(call)
+    def show_progress(self, label: str) -> None:
+        """Show how far the map is, until it ends, however it ends."""
+        self._display = progress.show(self._job, label)
+        if self._closed:  # it was ended from elsewhere meanwhile
+            self._display.close()
 
     def close(self, *, stop: bool) -> None:
         """End the map: items that have not started never will; what runs is stopped or may finish."""
@@ -325,13 +328,12 @@ class MapResults:
             self._closed = True
             self._job.cancel()
             self._backend.cancel_job(self._job, stop=stop)
-            self._tell_closed()
+            self._end_display()
 
-    def _tell_closed(self) -> None:
-        calls, self._on_close = self._on_close, []
-        for call in calls:
-            call()
+    def _end_display(self) -> None:
+        if self._display is not None:
+            self._display.close()
 
     def __del__(self) -> None:
-        """Tell those who wait for the end, if nobody ever asked for a result; items that were accepted run on."""
-        self._tell_closed()
+        """End the display, if nobody ever asked for a result; items that were accepted run on."""
+        self._end_display()
