@@ -810,7 +810,8 @@ class Watch(logging.Handler):
         super().__init__(logging.WARNING)
         self.blocked: list[str] = []
         self._last = (0.0, 0.0)  # of the latest step: how long it computed, how long it waited
-        self._gaps = [0.0]  # how long the napping thread was kept, in all
+        self._gaps = 0.0  # how long the napping thread was kept, in all
+        self._woke = time.monotonic()  # when it woke last
         self._ended = threading.Event()
         self._napper = threading.Thread(target=self._nap)
 
@@ -825,11 +826,12 @@ class Watch(logging.Handler):
         self._napper.join(PATIENCE)
 
     def _nap(self) -> None:
-        before = time.monotonic()
         while not self._ended.wait(0.002):
-            now = time.monotonic()
-            self._gaps[0] += max(0.0, now - before - 0.005)
-            before = now
+            self._gaps, self._woke = self._kept(), time.monotonic()
+
+    def _kept(self) -> float:
+        """How long the napping thread was kept until now: it may still be, where the watched one ran on first."""
+        return self._gaps + max(0.0, time.monotonic() - self._woke - 0.005)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Judge what the loop reports of the step that has just ended."""
@@ -840,12 +842,12 @@ class Watch(logging.Handler):
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Measure the block."""
-        wall, thread, queue, gaps = time.monotonic(), time.thread_time(), _queued(), self._gaps[0]
+        wall, thread, before = time.monotonic(), time.thread_time(), _queued() + self._kept()
         try:
             yield
         finally:
             computed = time.thread_time() - thread
-            kept = _queued() - queue + self._gaps[0] - gaps
+            kept = _queued() + self._kept() - before
             self._last = computed, time.monotonic() - wall - computed - kept
 
     def task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
