@@ -188,9 +188,10 @@ class Incoming:
 
     async def close(self) -> None:
         """Read no more; return when the reading has ended."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
+        if self._reader is None or self._reader.get_loop().is_closed():  # then it is collected, not cancelled
+            return
+        self._reader.cancel()
+        await asyncio.wait([self._reader])
 
     async def _read(self) -> None:
         try:
