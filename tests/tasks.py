@@ -235,6 +235,12 @@ def hold_and_die(started: Path, release: Path) -> NoReturn:
     kill_itself()
 
 
+def call_behind(gate: Path, *step: Any) -> Any:
+    """Wait for a file, then call the first of a tuple with the rest."""
+    await_file(gate)
+    return call(step)
+
+
 def current_attempt() -> int:
     """Return which attempt this is, as the task itself is told."""
     task = taskpool.current_task()
