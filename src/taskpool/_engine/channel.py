@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -81,6 +80,8 @@ def _page_file(opened: list[int]) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("taskpool", os.MFD_CLOEXEC)
     else:
+        import tempfile
+
         fd, path = tempfile.mkstemp(prefix="taskpool-")
         os.unlink(path)
     opened.append(fd)
