@@ -217,11 +217,11 @@ class Dispatcher:
 
     def _turn(self, ready: list[Any]) -> None:
         self._loop.call(ready)
+        if self._phase == TERMINATING:
+            self._stop_all()  # before any is killed, so that the kill counts as this stop
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
-        if self._phase == TERMINATING:
-            self._stop_all()
         if self._feeder.can_feed:
             self._feeder.feed()
         if self._phase != OPEN and not self._has_work():
