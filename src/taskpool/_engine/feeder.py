@@ -224,7 +224,7 @@ class Feeder:
             self._crew.start_for(self.queue)
         if self.queue and self._settings.max_tasks is None:
             for worker in list(self._crew.workers):
-                if worker.state == SERVING and worker.inflight:
+                if worker.state == SERVING and worker.inflight and not self.waits_for_room:
                     self.send_next(worker)
 
     def send_next(self, worker: WorkerHandle) -> bool:
