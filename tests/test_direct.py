@@ -234,7 +234,7 @@ def test_a_handler_ends_the_executor(end: str) -> None:
     """Also one that interrupts a thread which is just taking a result, and which cannot go on before it returns."""
     for _ in range(20 if FULL else 4):
         ended = run_script(HANDLER.format(end=end), signals=(("ready", signal.SIGTERM),))
-        assert (ended.code, ended.out) == (7, "ready\nended\n"), ended
+        assert (ended.code, ended.out.replace("\n", "")) == (7, "readyended"), ended  # it may interrupt the first print
 
 
 def test_a_result_comes_at_once_behind_a_long_wait(pool: Pool) -> None:
