@@ -229,6 +229,7 @@ BASES = {
     errors.RemoteError: Exception,
     errors.QueueFullError: Exception,
     errors.ForkedExecutorError: RuntimeError,
+    errors.NestingError: RuntimeError,
     errors.UnsupportedError: NotImplementedError,
 }
 ERRORS = [
@@ -242,6 +243,7 @@ ERRORS = [
     errors.RemoteError("text", type_name="module.Kind", traceback="trace"),
     errors.QueueFullError("text"),
     errors.ForkedExecutorError("text"),
+    errors.NestingError("text"),
     errors.UnsupportedError("text"),
 ]
 
