@@ -136,7 +136,7 @@ def test_a_template_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(subprocess, "Popen", refuse)
         with pytest.raises(OSError, match="too many"):
             hosts._TemplateProcess([])
-    assert channel._parent_ends.fds == noted
+    assert channel._parent_ends.fds <= noted  # those of an executor before may go meanwhile
 
 
 IGNORED_CHILDREN = """
