@@ -22,7 +22,7 @@ def child(call, *args):
         if os.waitpid(pid, 0)[1]:
             print("ended by its alarm", flush=True)
         return
-    signal.alarm(3)
+    signal.alarm(10)
     started = time.monotonic()
     try:
         answer = call(*args)
@@ -118,6 +118,36 @@ def test_a_fork_while_threads_submit(backend: Backend, tmp_path: Path) -> None:
     assert ended.code == 0, ended
 
 
+FORKING = """
+def fork_on():
+    while not enough.is_set():
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.pause()
+        enough.wait(0.001)
+
+enough, children = threading.Event(), []
+forking = threading.Thread(target=fork_on)
+forking.start()
+for _ in range(5):
+    with executor(1) as pool:
+        print(pool.submit(abs, -1).result())
+enough.set()
+forking.join()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@on_hosts
+def test_a_start_while_another_thread_forks(backend: Backend, tmp_path: Path) -> None:
+    """The children get no descriptor whose end the start of a worker waits for."""
+    ended = run_main(FORKING, backend, tmp_path, timeout=40)
+    assert ended.out.splitlines() == ["1"] * 5, ended
+    assert ended.code == 0, ended
+
+
 LEAVING = """
 def leave(way):
     if way == "fail":
@@ -134,7 +164,7 @@ states.expect(path, 1)
 for way in ("return", "fail", "sys.exit"):
     child = os.fork()
     if child == 0:
-        signal.alarm(3)
+        signal.alarm(10)
         return leave(way)
     print(way, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), running.done())
 release.touch()
@@ -161,7 +191,7 @@ with executor(1) as pool:
     states.expect(path, 1)
     child = os.fork()
     if child == 0:
-        signal.alarm(3)
+        signal.alarm(10)
         if args:
             sys.exit(0)
         os._exit(0)

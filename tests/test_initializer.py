@@ -307,7 +307,7 @@ def test_a_preload_that_fails(pool: Make, tmp_path: Path, monkeypatch: pytest.Mo
     with at_most(8):
         error = outcome(executor.submit(abs, -1))
     assert type(error) is taskpool.InitializerError, error
-    assert not [process for process in processes.descendants() if name in process.command]
+    wait_until(lambda: not [process for process in processes.descendants() if name in process.command])
 
 
 @pytest.mark.parametrize("name", ["thread", "serial"])

@@ -135,6 +135,11 @@ def keep_from_children(fds: Iterable[int]) -> None:
     _parent_ends.fds.update(fds)
 
 
+def no_forks() -> threading.RLock:
+    """Return the lock under which no other thread forks, so that no child gets what has not been noted yet."""
+    return _parent_ends.lock
+
+
 def close_kept(fd: int) -> None:
     """Close a descriptor that was noted by `keep_from_children`. Once: its number may soon mean another file."""
     _parent_ends.close(fd)

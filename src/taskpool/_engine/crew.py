@@ -359,6 +359,7 @@ class Crew:
             self._died_before_ready(worker)
         self._counts.replaced += self._hub.is_open and not worker.retiring
         self._end_descendants(worker)  # before anybody asks for the exit code: that may reap, and free the id
+        self._take_back(worker)  # others run it now: the exit code may be long in coming
         known = self._host.exitcode(worker)
         worker.exitcode_due = known is PENDING
         if not worker.exitcode_due:
@@ -416,12 +417,19 @@ class Crew:
             worker.process.close()
 
     def _settle(self, worker: WorkerHandle) -> None:
+        item = self._take_back(worker)
+        while worker.inflight:
+            self._hub.settle_left(worker, worker.inflight.popleft(), item)
+
+    def _take_back(self, worker: WorkerHandle) -> int:
+        """Put back what a dead worker has not begun; return which item of the unit that is left it ran."""
         worker.channel.take_back()  # nobody will read it any more
         unit_id, item, _started, _phase = worker.channel.page.current()
-        while worker.inflight:  # to which a submitting thread may be adding
-            unit = worker.inflight.popleft()
-            ran = unit.id == unit_id and unit.begun(item)
-            self._hub.settle_left(worker, unit, item if ran else None)
+        for unit in list(worker.inflight):
+            if unit.id != unit_id or not unit.begun(item):
+                worker.inflight.remove(unit)
+                self._hub.settle_left(worker, unit, None)
+        return item
 
     def abandon(self) -> None:
         """Kill and bury all, whatever happens: the engine has failed."""

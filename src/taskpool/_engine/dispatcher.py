@@ -77,8 +77,9 @@ class Dispatcher:
             left_queue=left_queue,
             read=self.read,
             is_open=lambda: self.is_open,
-            # A worker that serves only so many tasks may end after each, which is the dispatcher's work.
-            takes=settings.max_tasks is None,
+            # A worker that serves only so many tasks may end after each, and listeners are told of each end: both are
+            # the dispatcher's work.
+            takes=settings.max_tasks is None and not settings.listeners,
         )
         self._phase = OPEN
         self._done = threading.Event()  # everything has ended: workers, host, threads

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from taskpool._engine import entry, stop
 from taskpool._engine import template as tpl
-from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children
+from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children, no_forks
 from taskpool.errors import WorkerCrashedError
 
 if TYPE_CHECKING:
@@ -235,6 +235,12 @@ class _TemplateProcess:
     """The parent's side of one template process."""
 
     def __init__(self, preload: list[str]) -> None:
+        # While this process has the template's end of the socket, or waits for the exec, a child that forked from
+        # another thread would keep both from ending: the wait would last as long as that child.
+        with no_forks():
+            self._start(preload)
+
+    def _start(self, preload: list[str]) -> None:
         ours, theirs = socket.socketpair()
         keep_from_children({ours.fileno()})
         ours.settimeout(CLOSE_TIME)  # there is room for what it has not read, unless that is huge; then it is replaced
@@ -254,10 +260,14 @@ class _TemplateProcess:
         del self._state["argv"], self._state["filters"]  # a new interpreter does not inherit these
 
     def _popen(self, fd: int, preload: list[str]) -> subprocess.Popen[bytes]:
-        code = f"import sys; sys.path[:] = {self._state['path']!r}; from taskpool._engine.template import main; "
+        path = [os.fspath(entry) for entry in self._state["path"] if isinstance(entry, (str, os.PathLike))]
+        code = f"import sys; sys.path[:] = {path!r}; from taskpool._engine.template import main; "
         code += f"main({fd}, {preload!r})"
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        return subprocess.Popen([sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[fd])
+        # Its own session from the first moment: a Ctrl-C at the terminal is not for it.
+        return subprocess.Popen(
+            [sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[fd], start_new_session=True
+        )
 
     def fits(self) -> bool:
         """Whether its forks still have this process's user and groups."""

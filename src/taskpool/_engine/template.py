@@ -273,8 +273,7 @@ def _preload(line: Line, modules: list[str]) -> None:
 
 
 def main(fd: int, preload: list[str]) -> None:
-    """Be the template on the socket `fd`. Called by the parent with `python -c`."""
-    os.setsid()
+    """Be the template on the socket `fd`. Called by the parent with `python -c`, in a session of its own."""
     stop.reset_signals()
     sys.modules["__main__"] = types.ModuleType("__main__")  # where the parent's functions will live
     sock = socket.socket(fileno=fd)

@@ -110,11 +110,16 @@ class ThreadBackend(Backend):
 
     def _queue(self, tasks: Sequence[LocalTask]) -> None:
         with self._lock:
+            broken = self._broken
+            if broken is None:
+                for task in tasks:
+                    task.in_queue = True
+                    self._push(task)
+                self._start_threads()
+                self._changed.notify(len(tasks) if not self._closing else len(self._threads) + len(tasks))
+        if broken is not None:  # since it was looked at last
             for task in tasks:
-                task.in_queue = True
-                self._push(task)
-            self._start_threads()
-            self._changed.notify(len(tasks) if not self._closing else len(self._threads) + len(tasks))
+                self._refuse(task, _failure(broken))
 
     def _push(self, task: LocalTask) -> None:
         heapq.heappush(self._heap, (-task.level, -task.options.priority, task.order, task))
@@ -417,7 +422,7 @@ class ThreadBackend(Backend):
             ended = self._ended(thread, task, timed_out(task, thread.stack) if thread.timed_out else None)
             self._threads.discard(thread)
             self._counts["replaced"] += 1
-            if not self._broken:
+            if self._broken is None:
                 self._start_threads()
             self._changed.notify_all()
         self._conclude(ended)
