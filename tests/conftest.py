@@ -33,15 +33,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 OTHER_ENGINES = ("futures", "pool", "thread", "serial")
+# All hosted backends have one engine. What stands above it is tested on one of them, and in a whole run on each.
+ABOVE_THE_ENGINE = {
+    *("test_asyncio", "test_events", "test_group", "test_map", "test_nested", "test_outcomes", "test_retry"),
+    *("test_logging", "test_memory", "test_properties", "test_progress", "test_reentrancy"),
+}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what repeats a test on another engine: one Python in full is enough for that."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what repeats a test on another engine: one Python in full is enough for that; leave out what a whole run adds."""
+    kept, left_out = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        other = getattr(parameters.get("backend"), "name", "") in OTHER_ENGINES
-        if other and item.path.stem != "test_torture_table":  # a row of that table is a promise in short
+        backend = getattr(parameters.get("backend"), "name", "")
+        if backend in OTHER_ENGINES:
             item.add_marker(pytest.mark.repeated)
+        is_more = backend in ("futures", "pool") and item.path.stem in ABOVE_THE_ENGINE and not FULL
+        (left_out if is_more else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

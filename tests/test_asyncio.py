@@ -354,7 +354,7 @@ def test_a_loop_that_is_gone_disturbs_nobody(one: taskpool.Executor, tmp_path: P
 
     async def main() -> None:
         visit = _loops.Visit(stop=lambda: None)
-        future._waiters.append(visit)
+        future._list("_waiters").append(visit)
 
     run(main())
     release.touch()

@@ -51,7 +51,6 @@ def test_files_that_pages_name_exist() -> None:
     assert not [(page, name) for page, name in named if not (ROOT / name).exists()]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
 def test_block_runs(block: Block) -> None:
     """A block runs as a script of its own, with what it includes from the examples."""

@@ -11,7 +11,6 @@ from tests.helpers import ROOT, run_script
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path) -> None:
     """Each short example asserts its own outcome, with every warning an error."""

@@ -18,7 +18,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from concurrent.futures._base import RUNNING as _RUNNING
@@ -140,24 +140,27 @@ class TaskFuture(Future[T]):
         group: The group that it is a member of, if any.
     """
 
+    # What each has to begin with. Not in `__init__`: thousands of futures may wait, and most never need the base class's
+    # condition, which costs a quarter of a submit, nor its lists, which the garbage collector would visit in vain. Those
+    # are made for whoever asks for the condition, as all do who append to them. A test compares these fields with those
+    # of the running Python.
+    _lazy_condition: threading.Condition | None = None
+    _sleepers: Sequence[threading.Lock] = ()
+    _state: str = QUEUED
+    _result: Any = None
+    _exception: BaseException | None = None
+    _waiters: Any = ()
+    _done_callbacks: Any = ()
+    _outcome: RawOutcome | None = None
+    progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
+    place: Any = None  # what the backend notes about where it runs
+
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
-        # The fields of the base class, without its __init__: that makes a condition, which costs a quarter of a submit,
-        # and which most futures never need. A test compares the fields with those of the running Python.
         self._lock = threading.RLock()
-        self._lazy_condition: threading.Condition | None = None
-        self._sleepers: list[threading.Lock] = []
-        self._state: str = QUEUED
-        self._result: Any = None
-        self._exception: BaseException | None = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Callable[[Future[T]], object]] = []
         self._owner = owner
-        self._outcome: RawOutcome | None = None
-        self.order: int = next(task_ids)
         self._group = group
+        self.order: int = next(task_ids)
         self.task_name: str = name
-        self.progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
-        self.place: Any = None  # what the backend notes about where it runs
 
     if not TYPE_CHECKING:  # for type checkers it stays the attribute that it is in the base class
 
@@ -168,9 +171,15 @@ class TaskFuture(Future[T]):
                 self._owner.check_process()
             if self._lazy_condition is None:
                 with self._lock:
+                    self._list("_waiters")
+                    self._list("_done_callbacks")
                     if self._lazy_condition is None:
                         self._lazy_condition = threading.Condition(self._lock)
             return self._lazy_condition
+
+    def _list(self, name: str) -> list[Any]:
+        # In one step of C code: a signal handler may do the same, and put somebody into it, in the middle of this.
+        return vars(self).setdefault(name, [])  # type: ignore[no-any-return]
 
     # What the caller may do
 
@@ -284,7 +293,7 @@ class TaskFuture(Future[T]):
             with self._lock:
                 if self._is_resolved():
                     return
-                self._waiters.append(visit)
+                self._list("_waiters").append(visit)
             await visit.arrived.wait()
         finally:
             visit.leave()
@@ -322,13 +331,14 @@ class TaskFuture(Future[T]):
         # that raises just between leaves it in a state that fails the caller's `with`.
         sleeper = threading.Lock()
         sleeper.acquire()
+        sleepers = self._list("_sleepers")
         try:
-            self._sleepers.append(sleeper)
+            sleepers.append(sleeper)
             if not self._is_resolved():  # whoever resolves it from here on finds the sleeper
                 sleeper.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
         finally:
             with contextlib.suppress(ValueError):
-                self._sleepers.remove(sleeper)
+                sleepers.remove(sleeper)
 
     def has_failed(self) -> bool:
         """Whether it ended with an error, as far as is known without unpickling a result."""
@@ -388,7 +398,7 @@ class TaskFuture(Future[T]):
         """Resolve the future; return False if it was resolved before."""
         with self._lock:
             resolved = self._resolve("finish", outcome)
-        if resolved:
+        if resolved and self._done_callbacks:
             self._hand_out_callbacks()
         return resolved
 
@@ -431,8 +441,10 @@ class TaskFuture(Future[T]):
         if not self._step(event):
             return False
         self._outcome = outcome
-        self.place = None
-        self._tell(outcome)
+        if self.place is not None:
+            self.place = None
+        if self._waiters or self._sleepers or self._lazy_condition is not None or self._group is not None:
+            self._tell(outcome)
         return True
 
     def _tell(self, outcome: RawOutcome | None) -> None:

@@ -342,9 +342,9 @@ class Channel:
         """
         if len(self._fetched) == 1 and self._reader.is_empty():
             data = self._fetched[0]
-            head = wire.parse_head(data, wire.WORKER_TO_PARENT)
-            if head is not None and head[2] + sum(head[1]) == len(data):
-                return wire.make_frame(head[0], head[1], data[head[2] :])
+            found = wire.parse_frame(data, wire.WORKER_TO_PARENT)
+            if found is not None and found[1] == len(data):
+                return found[0]
         return None
 
     def drop_only_frame(self) -> None:
@@ -416,15 +416,18 @@ class WorkerChannel:
             BadFrameError: If what arrived is not a frame.
         """
         packet = os.read(self._tasks, PACKET)
-        while (head := wire.parse_head(packet, wire.PARENT_TO_WORKER)) is None:
-            more = os.read(self._tasks, PACKET)
-            if not more:
+        head = None
+        while head is None:
+            whole = wire.parse_frame(packet, wire.PARENT_TO_WORKER)
+            if whole is not None:  # a small one, perhaps with filling behind
+                return whole[0]
+            head = wire.parse_head(packet, wire.PARENT_TO_WORKER)
+            more = b"" if head is not None else os.read(self._tasks, PACKET)
+            if head is None and not more:
                 return None
             packet += more
         fields, sizes, begin = head
         size = sum(sizes)
-        if len(packet) - begin >= size:  # a small one, perhaps with filling behind
-            return wire.make_frame(fields, sizes, memoryview(packet)[begin : begin + size])
         parts = bytearray(size)
         parts[: len(packet) - begin] = packet[begin:]
         if not self._fill(memoryview(parts), len(packet) - begin):

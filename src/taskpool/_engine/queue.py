@@ -27,11 +27,14 @@ class TaskQueue:
 
     def append(self, source: Source) -> None:
         """Put a new one at the end of its line."""
-        self._line(source.priority).append(source)
+        line = self._lines.get(source.priority)
+        (self._new_line(source.priority) if line is None else line).append(source)
 
     def insert(self, source: Source) -> None:
         """Put one that came back where it stood before."""
-        line = self._line(source.priority)
+        line = self._lines.get(source.priority)
+        if line is None:
+            line = self._new_line(source.priority)
         ahead = []
         while line and line[0].order < source.order:
             ahead.append(line.popleft())
@@ -65,9 +68,7 @@ class TaskQueue:
         for source in kept:
             self.append(source)
 
-    def _line(self, priority: int) -> deque[Source]:
-        line = self._lines.get(priority)
-        if line is None:
-            line = self._lines[priority] = deque()
-            self._priorities = sorted(self._lines, reverse=True)
+    def _new_line(self, priority: int) -> deque[Source]:
+        line = self._lines[priority] = deque()
+        self._priorities = sorted(self._lines, reverse=True)
         return line

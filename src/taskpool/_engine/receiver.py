@@ -56,6 +56,7 @@ class Receiver:
         self._crew = crew
         self._feeder = feeder
         self._settings = settings
+        self._has_listeners = bool(settings.listeners)
         self._counts = counts
         self._callbacks = callbacks
         self._logs = logs
@@ -133,7 +134,7 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in RESULTS
         policy = unit.options.retry
-        if self._settings.listeners or (policy is not None and policy.judges(ok=ok)):
+        if self._has_listeners or (policy is not None and policy.judges(ok=ok)):
             settled = settled_by(frame, worker.name, unit.attempt)
             self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)

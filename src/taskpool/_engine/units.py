@@ -45,49 +45,53 @@ def settled_by(frame: Frame, worker: str, attempts: int) -> Settled:
 class Call:
     """One call of a function, its own unit of work. Each attempt has an id: a late word of an earlier one means nothing."""
 
-    __slots__ = (
-        "_payload",
-        "_small",
-        "attempts",
-        "fresh",
-        "future",
-        "id",
-        "name",
-        "options",
-        "order",
-        "priority",
-        "tasks",
-    )
+    # Thousands of these may wait, so each has few fields, and none that the garbage collector would have to visit in vain.
+    __slots__ = ("_buffers", "_small", "_stream", "attempts", "fresh", "future", "id", "options")
+
+    tasks = 1
 
     def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
         self.id = next(_ids)
-        self.order = future.order
         self.future = future
         self.options = options
-        self.name = future.task_name
-        self._payload = payload
+        self._stream, self._buffers = payload
         self._small = _is_small(payload)
-        self.priority = options.priority
-        self.tasks = 1
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
 
-    def frame(self) -> list[Bytes]:
-        """Return the parts of the frame that brings it to a worker."""
-        head = wire.frame_head(
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.future.task_name
+
+    @property
+    def order(self) -> int:
+        """Its place among equals."""
+        return self.future.order
+
+    @property
+    def priority(self) -> int:
+        """Higher leaves the queue first."""
+        return self.options.priority
+
+    def _head(self) -> bytes:
+        return wire.frame_head(
             wire.CALL,
             self.id,
-            self._payload,
-            index=self.order,
+            Pickled(self._stream, self._buffers),
+            index=self.future.order,
             count=1,
             seconds=self.options.task_timeout or 0.0,
-            attempt=self.attempt,
+            attempt=1 if self.attempts is None else self.attempts.number,
         )
-        return [head, self._payload.stream, *self._payload.buffers]
+
+    def frame(self) -> list[Bytes]:
+        """Return the parts of the frame that brings it to a worker."""
+        return [self._head(), self._stream, *self._buffers]
 
     def packet(self) -> bytes:
-        """Return the frame as one piece."""
-        return b"".join(self.frame())
+        """Return the frame of a small one as one piece."""
+        return self._head() + self._stream
 
     def is_small(self) -> bool:
         """Whether it may be sent along with others: its frame fits into one packet."""

@@ -31,6 +31,7 @@ MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
 # kind, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
 FRAME = struct.Struct("<BxHIQQQdd")
 SIZE = struct.Struct("<Q")
+ONE_PART = struct.Struct(FRAME.format + "Q")  # the header of a frame with one part, as most are, and that part's size
 
 # Parent to worker.
 SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
@@ -274,7 +275,7 @@ def frame_head(
     if body is None:
         return FRAME.pack(kind, 0, attempt, unit, index, count, started, seconds)
     if not body.buffers:
-        return FRAME.pack(kind, 1, attempt, unit, index, count, started, seconds) + SIZE.pack(len(body.stream))
+        return ONE_PART.pack(kind, 1, attempt, unit, index, count, started, seconds, len(body.stream))
     sizes = [len(body.stream), *map(len, body.buffers)]
     head = FRAME.pack(kind, len(sizes), attempt, unit, index, count, started, seconds)
     return head + struct.pack(f"<{len(sizes)}Q", *sizes)
@@ -313,6 +314,26 @@ def make_frame(fields: tuple[Any, ...], sizes: tuple[int, ...], parts: Bytes) ->
     """Return the frame whose parts lie in `parts`, one behind the other; nothing is copied."""
     kind, _, attempt, unit, index, count, started, seconds = fields
     return Frame(kind, attempt, unit, index, count, started, seconds, _cut(sizes, parts))
+
+
+def parse_frame(data: bytes, kinds: frozenset[int], position: int = 0) -> tuple[Frame, int] | None:
+    """Return the frame at `position`, with copies of its parts, and where it ends; None if it is not whole.
+
+    Raises:
+        BadFrameError: As `parse_head` does.
+    """
+    begin = position + ONE_PART.size
+    if len(data) >= begin:
+        kind, parts, attempt, unit, index, count, started, seconds, size = ONE_PART.unpack_from(data, position)
+        end = begin + size
+        if parts == 1 and end <= len(data) and kind in kinds:
+            return Frame(kind, attempt, unit, index, count, started, seconds, Pickled(data[begin:end])), end
+    head = parse_head(data, kinds, position)
+    if head is None:
+        return None
+    fields, sizes, begin = head
+    end = begin + sum(sizes)
+    return None if end > len(data) else (make_frame(fields, sizes, data[begin:end]), end)
 
 
 def _cut(sizes: tuple[int, ...], parts: Bytes) -> Pickled:
@@ -366,21 +387,22 @@ class FrameReader:
             self._pending = b""
         frames: list[Frame] = []
         position = 0
-        while (head := parse_head(data, WORKER_TO_PARENT, position)) is not None:
-            fields, sizes, begin = head
-            end = begin + sum(sizes)
-            if end > len(data):
-                if end - begin > OUT_OF_BAND:
-                    self._begin_large(fields, sizes, end - begin, memoryview(data)[begin:])
-                    return frames
-                break
-            frames.append(make_frame(fields, sizes, data[begin:end]))  # a copy: it may outlive its neighbours
-            position = end
-        self._pending = data[position:]
+        while (found := parse_frame(data, WORKER_TO_PARENT, position)) is not None:
+            frame, position = found
+            frames.append(frame)
+        if not self._begin_large(data, position):
+            self._pending = data[position:]
         return frames
 
-    def _begin_large(self, fields: tuple[Any, ...], sizes: tuple[int, ...], body: int, start: memoryview) -> None:
-        self._large = bytearray(body)
+    def _begin_large(self, data: bytes, position: int) -> bool:
+        """Make room for a large frame that begins at `position`, if there is one."""
+        head = parse_head(data, WORKER_TO_PARENT, position)
+        if head is None or sum(head[1]) <= OUT_OF_BAND:
+            return False
+        fields, sizes, begin = head
+        start = memoryview(data)[begin:]
+        self._large = bytearray(sum(sizes))
         self._large[: len(start)] = start
         self._filled = len(start)
         self._head = (fields, sizes)
+        return True

@@ -189,6 +189,8 @@ class Slots:
 
     def free(self, holder: object) -> None:
         """Give a place back, if this one has it."""
+        if self._count is None:
+            return
         with contextlib.suppress(KeyError):
             self._holders.remove(holder)
             self._wake_one()
