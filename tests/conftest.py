@@ -26,7 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs, and their scripts, ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell has background jobs, and their scripts, ignore it
     if sys.platform == "linux":
         processes.adopt_orphans()
         processes.start_standard_helpers()
