@@ -230,6 +230,25 @@ def _hold_workers(library: Any) -> Path:
     return held
 
 
+def replacement(_: str) -> Figures:
+    """A worker is killed; how long until the next task has run in its replacement, by start method."""
+    import taskpool
+
+    figures = {}
+    for method in (None, "fork", "forkserver", "spawn"):
+        with taskpool.Executor(1, mp_context=method) as pool:
+            figures[method or "default"] = statistics.median(_replace(pool) for _ in range(10))
+    return figures
+
+
+def _replace(pool: Any) -> float:
+    pid = pool.submit(workloads.pid).result()
+    pool.submit(workloads.die).exception()
+    began = now()
+    assert pool.submit(workloads.same, pid).result() == pid
+    return (now() - began) * 1e3
+
+
 def cold(library: str) -> Figures:
     """A whole program: start, one task, end."""
     code = f"""
@@ -346,6 +365,15 @@ ALL: list[Measure] = [
         only=("taskpool", "ProcessPoolExecutor", "loky"),
     ),
     Measure("cold", "start, one task, end", cold, {"ms": ("ms", False)}, starts=True, quick=True),
+    Measure(
+        "replacement",
+        "a worker replaced after a kill",
+        replacement,
+        {"default": ("ms", False), "fork": ("ms", False), "forkserver": ("ms", False), "spawn": ("ms", False)},
+        only=OURS,
+        starts=True,
+        quick=True,
+    ),
     Measure("import", "`import taskpool`", import_time, {"ms": ("ms", False)}, only=OURS, starts=True, quick=True),
 ]
 BY_KEY = {measure.key: measure for measure in ALL}
