@@ -1,8 +1,10 @@
 # Each target makes the virtual environment it needs, from exact pins, and again only when the pins change.
-# Another Python: `make test PYTHON=python3.13`. More arguments for pytest: `make test ARGS="-k crash"`.
+# Another Python: `make test PYTHON=python3.13`. More arguments for pytest: `make test ARGS="-k crash"`, one after the
+# other: `make test ARGS="-n 0"`.
 
 PYTHON ?= python3
 ARGS ?=
+BESIDE := --numprocesses auto --dist worksteal
 
 VERSION := $(shell $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) and print("%d.%d" % sys.version_info[:2] + sys.abiflags)')
 ifeq ($(VERSION),)
@@ -18,11 +20,11 @@ bin = $(VENVS)/$(1)/bin
 demo: $(VENVS)/demo/ready  ## run the main job: parse the standard library, whatever the tasks do
 	$(call bin,demo)/python examples/demo.py $(ARGS)
 
-test: $(VENVS)/test/ready  ## the tests
-	$(call bin,test)/python -m pytest $(ARGS)
+test: $(VENVS)/test/ready  ## the tests, side by side
+	$(call bin,test)/python -m pytest $(BESIDE) $(ARGS)
 
 core: $(VENVS)/test/ready  ## the quick tests of every promise
-	$(call bin,test)/python -m pytest -m "core and not repeated" $(ARGS)
+	$(call bin,test)/python -m pytest $(BESIDE) -m "core and not repeated" $(ARGS)
 
 lint: $(VENVS)/lint/ready  ## style, format and import floors
 	$(call bin,lint)/ruff check .

@@ -302,20 +302,25 @@ def _end_at_exit() -> None:
     """
     global _exiting
     _exiting = True
+    try:
+        _finish_all()
+    except BaseException:  # Ctrl-C, at whatever moment: nobody waits any longer
+        backends = _own_backends()
+        for backend in backends:
+            backend.terminate(0.0)
+        for backend in backends:
+            backend.join(STOP_TIME)
+        raise
+
+
+def _finish_all() -> None:
     failed = getattr(sys, "last_type", None) is not None
     backends = _own_backends()
     for backend in backends:
         if failed:
             backend.terminate(time.monotonic() + 1.0)
         backend.close(cancel=False)
-    try:
-        _await_end(backends)
-    except BaseException:  # Ctrl-C: nobody waits any longer
-        for backend in backends:
-            backend.terminate(0.0)
-        for backend in backends:
-            backend.join(STOP_TIME)
-        raise
+    _await_end(backends)
 
 
 def _end_with_worker() -> None:

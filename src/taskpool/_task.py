@@ -152,8 +152,6 @@ class TaskFuture(Future[T]):
     _waiters: Any = ()
     _done_callbacks: Any = ()
     _outcome: RawOutcome | None = None
-    progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
-    place: Any = None  # what the backend notes about where it runs
 
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         self._lock = threading.RLock()
@@ -161,6 +159,8 @@ class TaskFuture(Future[T]):
         self._group = group
         self.order: int = next(task_ids)
         self.task_name: str = name
+        self.progress: tuple[float, float] | None = None  # (done, total), as the task itself reported it last
+        self.place: Any = None  # what the backend notes about where it runs
 
     if not TYPE_CHECKING:  # for type checkers it stays the attribute that it is in the base class
 
