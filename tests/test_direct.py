@@ -115,11 +115,19 @@ class Interrupt(BaseException):
 def interrupting() -> Iterator[Callable[[float], None]]:
     """Set or clear (0) the time after which SIGALRM's handler raises in the main thread."""
 
+    is_set = False  # the interpreter may run a handler some bytecodes after the timer was cleared
+
     def handler(*_: object) -> None:
-        raise Interrupt
+        if is_set:
+            raise Interrupt
+
+    def interrupt_in(seconds: float) -> None:
+        nonlocal is_set
+        is_set = seconds > 0
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     before = signal.signal(signal.SIGALRM, handler)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+    yield interrupt_in
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
