@@ -114,7 +114,6 @@ class Interrupt(BaseException):
 @pytest.fixture
 def interrupting() -> Iterator[Callable[[float], None]]:
     """Set or clear (0) the time after which SIGALRM's handler raises in the main thread."""
-
     is_set = False  # the interpreter may run a handler some bytecodes after the timer was cleared
 
     def handler(*_: object) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -363,7 +364,7 @@ def test_a_wrong_retry_is_refused_where_it_is_given(pool: Pool, value: Any, kind
         ({"stop": 3}, TypeError),
         ({"stop": tenacity.wait_none()}, TypeError),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_wrong_arguments_of_retry_are_refused(arguments: dict[str, Any], kind: type[Exception]) -> None:
     """At once, and the message names the argument."""
