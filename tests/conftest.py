@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 OTHER_ENGINES = ("futures", "pool", "thread", "serial")
-# All hosted backends have one engine. What stands above it is tested on one of them, and in a whole run on each.
+# All hosted backends have one engine. What stands above it is tested on one of them, the engine itself on two, of which
+# one alternates from test to test; in a whole run everything on each.
 ABOVE_THE_ENGINE = {
     *("test_asyncio", "test_events", "test_group", "test_map", "test_nested", "test_outcomes", "test_retry"),
     *("test_logging", "test_memory", "test_properties", "test_progress", "test_reentrancy"),
@@ -47,13 +49,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left_out = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        backend = getattr(parameters.get("backend"), "name", "")
-        if backend in OTHER_ENGINES:
+        name = getattr(parameters.get("backend"), "name", "")
+        if name in OTHER_ENGINES:
             item.add_marker(pytest.mark.repeated)
-        is_more = backend in ("futures", "pool") and item.path.stem in ABOVE_THE_ENGINE and not FULL
-        (left_out if is_more else kept).append(item)
+        (left_out if _is_more(item, name) and not FULL else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def _is_more(item: pytest.Item, backend: str) -> bool:
+    """Whether only a whole run has this test on this backend."""
+    turn = zlib.crc32(item.name.partition("[")[0].encode()) % 2
+    return backend in ("futures", "pool") and (
+        item.path.stem in ABOVE_THE_ENGINE or backend == ("futures", "pool")[turn]
+    )
 
 
 @pytest.fixture
