@@ -15,7 +15,7 @@ import pytest
 
 import taskpool
 from tests import tasks
-from tests.helpers import PATIENCE, Backend, on_all, on_pools, outcome, wait_until
+from tests.helpers import PATIENCE, Backend, on_all, on_hosts, on_pools, outcome, wait_until
 
 pytestmark = pytest.mark.core
 
@@ -60,6 +60,41 @@ def test_a_result_arrives_as_it_is(pool: Pool, value: object) -> None:
     result = pool().submit(tasks.identity, value).result(PATIENCE)
     assert type(result) is type(value)
     assert repr(result) == repr(value) or result == value
+
+
+BIG = bytes(range(256)) * 2_000
+
+
+@on_all
+@pytest.mark.parametrize(
+    "value",
+    [
+        BIG,
+        bytearray(BIG),
+        "\N{SNOWMAN}" * 300_000,
+        [BIG, 1, BIG],
+        (b"", BIG, tasks.Plain(3)),
+        {"deep": [[BIG]]},
+        [b"__main__" * 100_000],
+    ],
+    ids=["bytes", "bytearray", "str", "list", "tuple", "deep", "main"],
+)
+def test_large_values_arrive_as_they_are(pool: Pool, value: Any) -> None:
+    """As an argument and as a result, alone and as an item of a map."""
+    executor = pool()
+    for result in (executor.submit(tasks.identity, value).result(PATIENCE), *executor.map(tasks.identity, [value] * 2)):
+        assert type(result) is type(value)
+        assert result == value
+
+
+@on_hosts
+def test_a_large_argument_is_sent_as_it_was(pool: Pool) -> None:
+    """What becomes of it behind `submit` concerns nobody."""
+    executor = pool(1)
+    value = bytearray(BIG)
+    futures = [executor.submit(tasks.identity, value) for _ in range(4)]
+    value[:] = bytes(len(value))
+    assert [future.result(PATIENCE) == BIG for future in futures] == [True] * 4
 
 
 @on_all

@@ -449,7 +449,7 @@ class WorkerChannel:
         waits, and is written right behind by the call that was interrupted.
         """
         with self._lock:
-            self._waiting.append([head] if body is None else [head, body.stream, *body.buffers])
+            self._waiting.append([head] if body is None else [head, *body.pieces()])
             # Looked at again once nothing is being written: what interrupted the very end of that has only waited.
             while self._waiting and not self._is_writing:
                 self._write_waiting()

@@ -171,7 +171,7 @@ def _can_travel(value: object) -> bool:
 
 
 def _plain(pickled: Pickled) -> tuple[bytes, tuple[bytes, ...]]:
-    return bytes(pickled.stream), tuple(bytes(buffer) for buffer in pickled.buffers)
+    return bytes(pickled.joined()), tuple(bytes(buffer) for buffer in pickled.buffers)
 
 
 # The way back

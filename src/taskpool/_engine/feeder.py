@@ -292,7 +292,7 @@ class Feeder:
         setup = self._settings.setup
         head = wire.frame_head(wire.SETUP, 0, setup, index=worker.index)
         with contextlib.suppress(OSError):
-            worker.channel.begin_large([head, setup.stream, *setup.buffers])
+            worker.channel.begin_large([head, *setup.pieces()])
             self._send_large(worker)
 
     def _send_large(self, worker: WorkerHandle) -> None:

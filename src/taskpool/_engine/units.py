@@ -46,7 +46,7 @@ class Call:
     """One call of a function, its own unit of work. Each attempt has an id: a late word of an earlier one means nothing."""
 
     # Thousands of these may wait, so each has few fields, and none that the garbage collector would have to visit in vain.
-    __slots__ = ("_buffers", "_small", "_stream", "attempts", "fresh", "future", "id", "options")
+    __slots__ = ("_large", "_small", "attempts", "fresh", "future", "id", "options")
 
     tasks = 1
 
@@ -54,8 +54,9 @@ class Call:
         self.id = next(_ids)
         self.future = future
         self.options = options
-        self._stream, self._buffers = payload
-        self._small = _is_small(payload)
+        is_small = _is_small(payload)
+        self._small = payload.stream if is_small else b""
+        self._large = None if is_small else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
 
@@ -78,7 +79,7 @@ class Call:
         return wire.frame_head(
             wire.CALL,
             self.id,
-            Pickled(self._stream, self._buffers),
+            self._large or Pickled(self._small),
             index=self.future.order,
             count=1,
             seconds=self.options.task_timeout or 0.0,
@@ -87,15 +88,15 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return [self._head(), self._stream, *self._buffers]
+        return [self._head(), *(self._large.pieces() if self._large is not None else [self._small])]
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""
-        return self._head() + self._stream
+        return self._head() + self._small
 
     def is_small(self) -> bool:
         """Whether it may be sent along with others: its frame fits into one packet."""
-        return self._small and not self.fresh
+        return self._large is None and not self.fresh
 
     def claim(self) -> bool:
         """Take it off the queue for a worker; False if it was cancelled."""
@@ -286,7 +287,7 @@ class Range:
             seconds=self.options.task_timeout or 0.0,
             attempt=self.attempt,
         )
-        return [head, self.piece.payload.stream, *self.piece.payload.buffers]
+        return [head, *self.piece.payload.pieces()]
 
     def packet(self) -> bytes:
         """Return the frame as one piece."""
@@ -452,4 +453,4 @@ def _explain(part: str, value: object, cause: BaseException) -> NotSendableError
 
 
 def _is_small(payload: Pickled) -> bool:
-    return not payload.buffers and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size
+    return not (payload.buffers or payload.rest) and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size

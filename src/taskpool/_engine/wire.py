@@ -11,11 +11,11 @@ Each frame carries the id of its unit of work; what belongs to an id that is no 
 from __future__ import annotations
 
 import copyreg
-import io
 import pickle
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from taskpool._engine import functions
 Bytes = bytes | bytearray | memoryview
 
 OUT_OF_BAND = 64 * 1024  # buffers of this size travel beside the pickle; smaller ones are cheaper inside it
+LARGE = 256 * 1024  # `bytes` of this size are not copied into the stream, nor searched
 SHORT = 16  # items of a container that are looked at one by one
 MAIN = b"_main__"  # the end of `__main__` and of `__mp_main__`, as multiprocessing calls it
 MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
@@ -38,21 +39,42 @@ SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
 # Worker to parent.
 HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
 VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE = range(24, 29)  # outcomes; EACH has a pickle for each of its values
+_FLAT = frozenset({bytes, bytearray, str})
 _PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 PARENT_TO_WORKER = frozenset({SETUP, CALL, RANGE, SENTINEL})
 WORKER_TO_PARENT = frozenset(range(HELLO, UNREADABLE + 1))
 
 
 class Pickled(NamedTuple):
-    """A pickled object: its stream, and the large buffers that travel beside it."""
+    """A pickled object.
+
+    Attributes:
+        stream: The pickle stream, or its beginning.
+        buffers: The large buffers that travel beside it.
+        rest: What follows of the stream, if there are large `bytes` in it: they are sent from where they lie.
+    """
 
     stream: Bytes
     buffers: Sequence[Bytes] = ()
+    rest: Sequence[Bytes] = ()
 
     @property
     def size(self) -> int:
         """The number of bytes in all."""
-        return len(self.stream) + sum(map(len, self.buffers))
+        return self.length + sum(map(len, self.buffers))
+
+    @property
+    def length(self) -> int:
+        """The number of bytes of the whole stream."""
+        return len(self.stream) + sum(map(len, self.rest))
+
+    def pieces(self) -> list[Bytes]:
+        """Return what is to be written, in order."""
+        return [self.stream, *self.rest, *self.buffers]
+
+    def joined(self) -> Bytes:
+        """Return the whole stream."""
+        return b"".join([self.stream, *self.rest]) if self.rest else self.stream
 
 
 class Frame(NamedTuple):
@@ -82,24 +104,28 @@ def dumps(value: object) -> Pickled:
         Exception: Whatever pickling raised; user code runs here.
     """
     try:
-        pickled = _dump(value)
+        pickled = _dump_beside(value) if _has_large(value) else _dump(value)
     except Exception:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
         return _dump_home(value)
-    return _dump_home(value) if MAIN in bytes(pickled.stream) else pickled
+    return _dump_home(value) if _names_main(pickled) else pickled
 
 
-def dumps_for_worker(value: object) -> Pickled:
+def dumps_for_worker(value: object, *, has_large: bool = False) -> Pickled:
     """Pickle what goes to a worker, where no `__main__` is but what is sent.
+
+    Args:
+        value: What is sent.
+        has_large: Whether there are large `bytes` in it.
 
     Raises:
         Exception: Whatever pickling raised; user code runs here.
     """
     try:
-        pickled = _dump(value)
+        pickled = _dump_beside(value) if has_large else _dump(value)
     except Exception:
         return _dump(functions.Parcel(value))
-    return _dump(functions.Parcel(value)) if MAIN in bytes(pickled.stream) else pickled
+    return _dump(functions.Parcel(value)) if _names_main(pickled) else pickled
 
 
 def are_plain(values: list[Any]) -> bool:
@@ -124,20 +150,23 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
         Exception: Whatever pickling raised; user code runs here.
     """
     kept = functions.by_value(fn)
+    has_large = _has_large(rest[0])
     if kept is None:
-        return dumps_for_worker((fn, *rest))
+        return dumps_for_worker((fn, *rest), has_large=has_large)
     try:
-        pickled = _dump((kept, *rest))
+        pickled = (_dump_beside if has_large else _dump)((kept, *rest))
     except Exception:
         return _dump(functions.Parcel((fn, *rest)))
-    if bytes(pickled.stream).count(MAIN) > kept.mentions:  # the arguments name it, too
+    if (
+        sum(bytes(part).count(MAIN) for part in (pickled.stream, *pickled.rest) if len(part) < LARGE) > kept.mentions
+    ):  # the arguments name it, too
         return _dump(functions.Parcel((fn, *rest)))
     return pickled
 
 
 def loads(pickled: Pickled) -> Any:
     """Return the object; user code runs here and may raise anything."""
-    return pickle.loads(pickled.stream, buffers=pickled.buffers)
+    return pickle.loads(pickled.joined(), buffers=pickled.buffers)
 
 
 class LoadingError(Exception):
@@ -173,6 +202,21 @@ def _dump_home(value: object) -> Pickled:
     return Pickled(packed.stream, [buffer.raw() for buffer in packed.buffers])
 
 
+def _names_main(pickled: Pickled) -> bool:
+    return MAIN in bytes(pickled.stream) or any(MAIN in part for part in pickled.rest if len(part) < LARGE)
+
+
+def _has_large(value: Any) -> bool:
+    """Whether there are large `bytes` in it, as far as a short look tells."""
+    if type(value) in _FLAT:
+        return len(value) >= LARGE
+    return (
+        type(value) in (tuple, list)
+        and len(value) <= SHORT
+        and any(type(item) in _FLAT and len(item) >= LARGE for item in value)
+    )
+
+
 def _dump(value: object) -> Pickled:
     try:
         stream = pickle.dumps(value, 5, buffer_callback=_refuse_large)
@@ -188,11 +232,30 @@ def _dump(value: object) -> Pickled:
 
 def _dump_beside(value: object) -> Pickled:
     buffers: list[PickleBuffer] = []
-    file = io.BytesIO()
+    file = _Parts()
     pickler = pickle.Pickler(file, 5, buffer_callback=collector(buffers))
     pickler.dispatch_table = _reducers()
     pickler.dump(value)
-    return Pickled(file.getvalue(), [buffer.raw() for buffer in buffers])
+    first, *rest = file.joined()
+    return Pickled(first, [buffer.raw() for buffer in buffers], rest)
+
+
+class _Parts:
+    """A file that keeps what a pickler writes. Large `bytes` come as they are, by themselves, and are not copied."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self._parts.append(data if type(data) is bytes else bytes(data))
+
+    def joined(self) -> list[bytes]:
+        """Return the parts, with small neighbours together."""
+        found: list[bytes] = []
+        for is_large, group in groupby(self._parts, lambda part: len(part) >= LARGE):
+            parts = list(group)
+            found += parts if is_large else [b"".join(parts)]
+        return found
 
 
 class _LargeBuffer(BaseException):
@@ -257,7 +320,7 @@ _modules_from = -1
 
 def frozen(pickled: Pickled) -> Pickled:
     """Return the pickle with its buffers copied, so that it no longer changes with the objects it was made from."""
-    return Pickled(pickled.stream, [bytes(buffer) for buffer in pickled.buffers]) if pickled.buffers else pickled
+    return pickled._replace(buffers=[bytes(buffer) for buffer in pickled.buffers]) if pickled.buffers else pickled
 
 
 def frame_head(
@@ -275,8 +338,8 @@ def frame_head(
     if body is None:
         return FRAME.pack(kind, 0, attempt, unit, index, count, started, seconds)
     if not body.buffers:
-        return ONE_PART.pack(kind, 1, attempt, unit, index, count, started, seconds, len(body.stream))
-    sizes = [len(body.stream), *map(len, body.buffers)]
+        return ONE_PART.pack(kind, 1, attempt, unit, index, count, started, seconds, body.length)
+    sizes = [body.length, *map(len, body.buffers)]
     head = FRAME.pack(kind, len(sizes), attempt, unit, index, count, started, seconds)
     return head + struct.pack(f"<{len(sizes)}Q", *sizes)
 

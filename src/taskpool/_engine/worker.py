@@ -426,7 +426,7 @@ class RangeRun:
         bodies = [self._dump_one(index, value) for index, value in enumerate(self.values, self.first)]
         if len(bodies) == 1:
             return wire.VALUES, bodies[0]
-        if any(body.buffers for body in bodies):
+        if any(body.buffers or body.rest for body in bodies):
             raise ValueError("these are sent one by one")  # a frame's parts say nothing of whose buffers they are
         return wire.EACH, Pickled(bodies[0].stream, [body.stream for body in bodies[1:]])
 
