@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import taskpool
+from taskpool._engine.threads import undisturbed
 
 PATIENCE = 30.0
 
@@ -57,11 +58,12 @@ def payload(size: int) -> bytes:
 
 def note(path: Path, text: object) -> object:
     """Append a line in one atomic write, and return what was noted."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, f"{text}\n".encode())
-    finally:
-        os.close(descriptor)
+    with undisturbed():  # a thread that is stopped between open and close would leave the file open
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, f"{text}\n".encode())
+        finally:
+            os.close(descriptor)
     return text
 
 
