@@ -151,8 +151,13 @@ class Crew:
         self._host.pid_known(worker)
         if worker.process.fd is not None:
             self._loop.watch(worker.process.fd, lambda: self.process_ended(worker))
-        elif worker.process.ended:
+        elif worker.process.ended or self._has_exited(worker):  # asked now, the host tells of its end when that comes
             self._loop.post(self.process_ended, worker)
+
+    def _has_exited(self, worker: WorkerHandle) -> bool:
+        """Whether a process for which there is no pidfd has ended, by its exit code."""
+        has_pidfd = worker.process is not None and worker.process.fd is not None
+        return not has_pidfd and isinstance(self._host.exitcode(worker), int)
 
     def ready(self, worker: WorkerHandle) -> None:
         """A worker can take tasks."""
@@ -323,7 +328,9 @@ class Crew:
 
     def end_overdue(self, worker: WorkerHandle) -> None:
         """A worker has not ended in time: kill it, or give up the slot if that was done."""
-        if worker.channel.has_life and worker.stop is None and not worker.is_silent and worker.running() is not None:
+        if self._has_exited(worker):
+            self.process_ended(worker)  # nothing else told: a child of it may hold all that would
+        elif worker.channel.has_life and worker.stop is None and not worker.is_silent and worker.running() is not None:
             worker.state = SERVING  # another thread had it all the time; it ends behind this task
         elif worker.channel.has_life:
             if worker.inflight and worker.stop is None:
@@ -340,7 +347,12 @@ class Crew:
         worker.is_silent = True
         if worker.process is None:
             self.process_ended(worker)  # it never said who it was
-        elif worker.state not in (DYING, GONE):
+        else:
+            self.end_seen(worker)
+
+    def end_seen(self, worker: WorkerHandle) -> None:
+        """A process has let go of something that it holds for all its life: it is ending, or must."""
+        if worker.state not in (DYING, GONE):
             self.expect_end(worker)
             worker.end_by = min(worker.end_by, now() + LOST_TIME)
             self._loop.wake_by(worker.end_by)
@@ -375,6 +387,8 @@ class Crew:
             worker.process.kill_group()
             if not self._host.sweeps(worker):
                 stop.sweep_session(worker.process.pid)
+            if worker.state == DYING:
+                worker.process.ended = True  # from here on its id may come to mean another
 
     def burial_due(self, worker: WorkerHandle) -> float:
         """When a dead worker is buried at the latest.

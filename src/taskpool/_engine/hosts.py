@@ -466,7 +466,9 @@ class _ExitCodes:
             def tell() -> None:
                 self._crew.unwatch(fd)
                 code = self.code(worker, process)
-                if not isinstance(code, _Pending):
+                if isinstance(code, _Pending):  # it lets go of the sentinel just before it can be reaped
+                    self._crew.end_seen(worker)
+                else:
                     self._crew.exitcode_known(worker, code)
 
             self._crew.watch(fd, tell)

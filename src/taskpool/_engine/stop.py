@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # of `signal`, whose own getsignal looks for an enum: 3 µs
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -46,10 +47,10 @@ class ProcessHandle:
         self.ended = False
         try:
             self.fd = os.pidfd_open(pid)
-        except AttributeError:
-            pass
-        except OSError:  # it has ended and was reaped
+        except ProcessLookupError:  # it has ended and was reaped
             self.ended = True
+        except (AttributeError, OSError):  # there are none, or no descriptor is left: the host sees its end
+            pass
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal; a process that has ended gets none."""
@@ -58,14 +59,6 @@ class ProcessHandle:
                 signal.pidfd_send_signal(self.fd, number)
             elif not self.ended:
                 os.kill(self.pid, number)
-
-    def has_ended(self) -> bool:
-        """Whether the process has ended, as far as can be seen without reaping it."""
-        if self.fd is not None:
-            poll = select.poll()
-            poll.register(self.fd, select.POLLIN)
-            return bool(poll.poll(0))
-        return self.ended
 
     def kill(self) -> None:
         """End the process itself, at once."""
@@ -85,6 +78,21 @@ class ProcessHandle:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+def has_pidfds() -> bool:
+    """Whether the system hands out pidfds that take signals. Older kernels and some sandboxes refuse either call."""
+    try:
+        fd = os.pidfd_open(os.getpid())
+    except (AttributeError, OSError) as error:
+        return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)  # for the moment
+    try:
+        signal.pidfd_send_signal(fd, 0)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def interrupt(process: ProcessHandle) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool import _nesting, logs
-from taskpool._engine import functions, hosts, wire
+from taskpool._engine import functions, hosts, stop, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
 from taskpool._engine.units import make_call, make_pieces
@@ -150,7 +150,7 @@ class WorkersBackend(Backend):
 
 
 def _has_template() -> bool:
-    return sys.platform.startswith("linux") and hasattr(os, "pidfd_open")
+    return sys.platform.startswith("linux") and stop.has_pidfds()
 
 
 def _check_platform(name: str) -> None:
