@@ -75,6 +75,13 @@ def kept() -> list[Any]:
     return _kept
 
 
+def sum_of_kept_bytes() -> int:
+    """Return the sum of the kept bytes, under the kept lock."""
+    data, lock = _kept
+    with lock:
+        return sum(data)
+
+
 def put_in_kept_queue(value: object) -> None:
     """Put this process's id and a value in the kept queue, under the kept lock."""
     queue, lock = _kept

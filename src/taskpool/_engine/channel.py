@@ -76,14 +76,19 @@ class Page:
         self._map.close()
 
 
-def _page_file(opened: list[int]) -> int:
+def memory_file() -> int:
+    """Open a new file without a name."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("taskpool", os.MFD_CLOEXEC)
-    else:
-        import tempfile
+        return os.memfd_create("taskpool", os.MFD_CLOEXEC)
+    import tempfile
 
-        fd, path = tempfile.mkstemp(prefix="taskpool-")
-        os.unlink(path)
+    fd, path = tempfile.mkstemp(prefix="taskpool-")
+    os.unlink(path)
+    return fd
+
+
+def _page_file(opened: list[int]) -> int:
+    fd = memory_file()
     opened.append(fd)
     os.ftruncate(fd, PAGE_SIZE)
     os.lseek(fd, STACK_AT, os.SEEK_SET)  # faulthandler writes at the file's position

@@ -15,36 +15,95 @@ if TYPE_CHECKING:
 
 Initializer = Callable[..., object] | None
 
+MOST_IN_PIPE = 16 * 1024  # bytes; a pipe takes 64 KiB, and what else a process is sent comes to some KB
+
 _end: WorkerEnd | None = None
 _door: socket.socket | None = None
 _life: int | None = None
-_initializer: tuple[Initializer, tuple[Any, ...]] = (None, ())
 
 
-def in_process(end: WorkerEnd, initializer: Initializer, initargs: tuple[Any, ...]) -> None:
+class Luggage:
+    """The user's initializer and its arguments, as they travel to a process of multiprocessing.
+
+    What is large goes into a file. The pipe into which multiprocessing writes has little room, and a process reads it
+    only once it has imported the main module: if it hangs there, or fails, the write never ends (under spawn the parent
+    itself holds the reading end).
+    """
+
+    def __init__(self, initializer: Initializer = None, initargs: tuple[Any, ...] = ()) -> None:
+        self.initializer = initializer
+        self.initargs = initargs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import DupFd, ForkingPickler
+
+        data = ForkingPickler.dumps((self.initializer, self.initargs))
+        if len(data) <= MOST_IN_PIPE:
+            return _unpack, (bytes(data),)
+        return _unpack_file, (DupFd(_file_with(data)),)
+
+
+def _unpack(data: bytes) -> Luggage:
+    from multiprocessing.reduction import ForkingPickler
+
+    return Luggage(*ForkingPickler.loads(data))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _file_with(data: memoryview) -> int:
+    """Return the descriptor of a file that is open as long as multiprocessing knows the process that is started now."""
+    import weakref
+    from multiprocessing.context import get_spawning_popen
+
+    from taskpool._engine.channel import memory_file
+
+    fd = memory_file()
+    close = weakref.finalize(get_spawning_popen(), os.close, fd)
+    close.atexit = False
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+    except BaseException:
+        close()
+        raise
+    return fd
+
+
+def _unpack_file(duplicate: Any) -> Luggage:
+    fd = duplicate.detach()
+    with open(fd, "rb") as file:
+        file.seek(0)
+        data = file.read()
+        os.ftruncate(fd, 0)  # the parent's descriptor stays for as long as this process
+    return _unpack(data)
+
+
+_luggage = Luggage()
+
+
+def in_process(end: WorkerEnd, luggage: Luggage) -> None:
     """Be a worker, as the target of a `multiprocessing.Process`."""
     from taskpool._engine import worker
 
-    worker.main(end, initializer, initargs)
+    worker.main(end, luggage.initializer, luggage.initargs)
 
 
-def keep(end: WorkerEnd, initializer: Initializer, initargs: tuple[Any, ...]) -> None:
+def keep(end: WorkerEnd, luggage: Luggage) -> None:
     """Be the initializer of a `ProcessPoolExecutor`: keep what the hosted call needs."""
-    global _end, _initializer
-    _end, _initializer = end, (initializer, initargs)
+    global _end, _luggage
+    _end, _luggage = end, luggage
     _follow_parent(end.life)
 
 
 def in_executor() -> None:
     """Be a worker, as the one call of a `ProcessPoolExecutor`."""
     assert _end is not None
-    in_process(_end, *_initializer)
+    in_process(_end, _luggage)
 
 
-def open_door(door: socket.socket, life: Connection, initializer: Initializer, initargs: tuple[Any, ...]) -> None:
+def open_door(door: socket.socket, life: Connection, luggage: Luggage) -> None:
     """Be the initializer of a `multiprocessing.Pool`: keep what its hosted calls need."""
-    global _door, _life, _initializer
-    _door, _initializer = door, (initializer, initargs)
+    global _door, _life, _luggage
+    _door, _luggage = door, luggage
     with contextlib.suppress(OSError):  # no /proc: then only the calls themselves end with the parent
         _life = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)  # the others have it, too
         _follow_parent(_life)
@@ -71,5 +130,5 @@ def in_pool() -> None:
     assert _door is not None
     _data, fds, _flags, _address = socket.recv_fds(_door, 1, 8)
     process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tasks may start processes
-    in_process(WorkerEnd(*fds), *_initializer)
+    in_process(WorkerEnd(*fds), _luggage)
     os._exit(0)

@@ -407,13 +407,12 @@ class ProcessHost(Host):
 
     def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
         self._context = context
-        self._initializer = initializer
-        self._initargs = initargs
+        self._luggage = entry.Luggage(initializer, initargs)
 
     def start(self, worker: WorkerHandle) -> None:
         """Start the process. The initializer goes as its argument, so that locks and queues pass by inheritance."""
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=entry.in_process, args=(worker.channel.worker_end, self._initializer, self._initargs)
+            target=entry.in_process, args=(worker.channel.worker_end, self._luggage)
         )
         _processes.add(process)
         _start_with(worker, process.start)
@@ -521,8 +520,7 @@ class FuturesHost(Host):
 
     def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
         self._context = context
-        self._initializer = initializer
-        self._initargs = initargs
+        self._luggage = entry.Luggage(initializer, initargs)
         self._ending: list[Any] = []  # executors whose manager thread still runs: dropping one earlier can deadlock it
 
     def start(self, worker: WorkerHandle) -> None:
@@ -530,7 +528,7 @@ class FuturesHost(Host):
         from concurrent.futures import ProcessPoolExecutor
 
         self._forget_ended()
-        arguments = (worker.channel.worker_end, self._initializer, self._initargs)
+        arguments = worker.channel.worker_end, self._luggage
         executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=entry.keep, initargs=arguments)
         _start_with(worker, lambda: executor.submit(entry.in_executor).add_done_callback(_end(executor)))
         process = next(iter((executor._processes or {}).values()), None)
@@ -594,14 +592,13 @@ class PoolHost(Host):
     ) -> None:
         self._context = context
         self._size = size
-        self._initializer = initializer
-        self._initargs = initargs
+        self._luggage = entry.Luggage(initializer, initargs)
         self._pool: _HostingPool | None = None
 
     def start(self, worker: WorkerHandle) -> None:
         """Send the worker's end through the door and have the Pool call for it."""
         if self._pool is None:
-            self._pool = _HostingPool(self._context, self._size, self._initializer, self._initargs)
+            self._pool = _HostingPool(self._context, self._size, self._luggage)
             self._watch_first(self._pool)
         worker.hosted = self._pool, self._pool.host(worker.channel.worker_end)
         worker.channel.worker_end.close()
@@ -681,7 +678,7 @@ class PoolHost(Host):
 class _HostingPool:
     """One `multiprocessing.Pool` and the door through which its processes get their channels."""
 
-    def __init__(self, context: BaseContext, size: int, initializer: Any, initargs: tuple[Any, ...]) -> None:
+    def __init__(self, context: BaseContext, size: int, luggage: entry.Luggage) -> None:
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         keep_from_children({self._ours.fileno()})
         self._ours.settimeout(0)
@@ -694,7 +691,7 @@ class _HostingPool:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-                arguments = self._theirs, self._reader, initializer, initargs
+                arguments = self._theirs, self._reader, luggage
                 self._pool = context.Pool(size, entry.open_door, arguments)
         except BaseException:
             self._close()
