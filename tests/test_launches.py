@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import queue
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 import taskpool
-from tests import states
-from tests.helpers import PATIENCE, run_script, wait_until
+from taskpool._engine import channel, entry, handle, hosts, launches
+from taskpool._engine.channel import Channel
+from taskpool._engine.launches import Launches
+from tests import states, tasks
+from tests.helpers import PATIENCE, at_most, outcome, run_script, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left")
 
@@ -91,6 +101,64 @@ def test_a_main_module_that_fails(name: str) -> None:
     assert "__main__" in ended.out, ended
 
 
+@pytest.fixture
+def stopped_server() -> Iterator[Callable[[], None]]:
+    """Stop multiprocessing's forkserver when told to; it goes on when the test is over."""
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    yield lambda: os.kill(server, signal.SIGSTOP)
+    os.kill(server, signal.SIGCONT)
+    wait_until(lambda: not multiprocessing.active_children(), 5, "the ends that the server had not told")
+
+
+@pytest.mark.parametrize("name", ["process", "futures"])
+def test_a_stopped_forkserver(pool: Make, stopped_server: Callable[[], None], name: str) -> None:
+    """Limits hold for what runs meanwhile, and the executor ends in its time; what the server starts later is ended."""
+    executor = pool(2, backend=name, mp_context="forkserver", grace=0.2)
+    executor.submit(tasks.identity, 0).result(PATIENCE)
+    running = executor.options(task_timeout=1).submit(tasks.sleep_for_ever)
+    stopped_server()
+    waiting = executor.submit(tasks.identity, 1)
+    with at_most(4):
+        assert isinstance(outcome(running), taskpool.TaskTimeoutError)
+    with at_most(4):
+        executor.terminate()
+    assert waiting.cancelled()
+
+
+@pytest.mark.parametrize("name", ["process", "futures", "pool"])
+def test_a_stopped_forkserver_and_no_worker(pool: Make, stopped_server: Callable[[], None], name: str) -> None:
+    """The first start fails in its time; more than are tried at once are not tried."""
+    executor = pool(64 if name != "pool" else 2, backend=name, mp_context="forkserver", start_timeout=1)
+    stopped_server()
+    futures = [executor.submit(tasks.identity, number) for number in range(64)]
+    with at_most(5):
+        assert {type(outcome(future)) for future in futures} == {taskpool.InitializerError}
+    assert sum(thread.name == "taskpool-start" for thread in threading.enumerate()) <= launches.AT_ONCE
+
+
+class Waits:
+    """Takes its time to be pickled."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.release.wait(PATIENCE)
+        return int, ()
+
+
+@pytest.mark.parametrize("name", ["process", "futures", "pool"])
+def test_initargs_that_are_not_pickled_in_time(pool: Make, name: str) -> None:
+    """Users' code holds up its own start only; the process that comes of it in the end is ended."""
+    argument = Waits()
+    options = {"initializer": tasks.identity, "initargs": (argument,), "start_timeout": 0.3}
+    executor = pool(1, backend=name, mp_context="spawn", **options)
+    with at_most(4):
+        assert isinstance(outcome(executor.submit(int)), taskpool.InitializerError)
+        executor.terminate()
+    argument.release.set()
+
+
 @pytest.mark.parametrize(("name", "start"), [*MULTIPROCESSING, ("process", "fork")])
 def test_large_initargs(pool: Make, name: str, start: str) -> None:
     """They arrive in every worker, with what only inheritance can pass; of the files that carry them nothing stays."""
@@ -110,3 +178,154 @@ def bytes_in_files() -> int:
         with contextlib.suppress(OSError):  # it was closed just now
             size += path.stat().st_size if str(path.readlink()).startswith("/memfd:") else 0
     return size
+
+
+@pytest.mark.parametrize("name", ["process", "futures"])
+def test_a_worker_that_dies_before_its_start_is_over(pool: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The thread that started it was held up: its exit code is waited for."""
+    is_over = Launches._over
+
+    def late(self: Launches[Any, Any], launch: Any) -> None:
+        wait_until(lambda: launch.key.state == handle.DYING, what="the end of the worker")
+        is_over(self, launch)
+
+    monkeypatch.setattr(Launches, "_over", late)
+    error = outcome(pool(1, backend=name, mp_context="spawn").submit(tasks.kill_itself))
+    assert isinstance(error, taskpool.WorkerCrashedError)
+    assert error.signal == "SIGKILL"
+
+
+# ---------------------------------------------------------------------------------------------- by itself
+
+
+class Thing:
+    """What a start makes."""
+
+
+class Starts:
+    """Starts that end when they are allowed to; and what became of them."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.posted: queue.SimpleQueue[tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
+        self.told: list[tuple[object, ...]] = []
+        self.launches: Launches[str, Thing] = Launches(
+            lambda function, argument: self.posted.put((function, argument)),
+            adopt=lambda key, made: self.told.append(("adopted", key, type(made))),
+            fail=lambda key, error: self.told.append(("failed", key, type(error))),
+            dispose=lambda made: self.told.append(("disposed of", type(made))),
+        )
+        self.things: weakref.WeakSet[Thing] = weakref.WeakSet()
+
+    def make(self) -> Thing:
+        """Wait, and make it."""
+        assert self.release.wait(PATIENCE)
+        thing = Thing()
+        self.things.add(thing)
+        return thing
+
+    def turn(self) -> None:
+        """Do as the dispatcher does with what was posted."""
+        function, argument = self.posted.get(timeout=PATIENCE)
+        function(argument)
+
+
+@pytest.fixture
+def starts() -> Iterator[Starts]:
+    """Starts, all of which have ended when the test is over."""
+    starts = Starts()
+    yield starts
+    starts.release.set()
+
+
+@pytest.fixture
+def worker() -> Iterator[Channel]:
+    """The channel of a worker."""
+    worker = Channel()
+    yield worker
+    worker.close()
+
+
+def test_what_was_made_is_adopted(starts: Starts, worker: Channel) -> None:
+    """On the dispatcher's thread; the worker's end is closed by then and not before, and nothing is kept."""
+    end = worker.worker_end.move()
+    starts.launches.begin("worker", starts.make, end)
+    worker.close()
+    assert end.fds, "these numbers would have meant other files, and have been passed on"
+    starts.release.set()
+    starts.turn()
+    assert starts.told == [("adopted", "worker", Thing)]
+    assert not end.fds
+    assert "worker" not in starts.launches
+    wait_until(lambda: not starts.things, 1, "the end of what nobody holds")
+
+
+def test_what_was_given_up_is_disposed_of(starts: Starts, worker: Channel) -> None:
+    """When it comes, whether or not anybody still listens; a new start for the same is another one."""
+    end = worker.worker_end.move()
+    starts.launches.begin("worker", starts.make, end)
+    starts.launches.give_up("worker")
+    starts.launches.begin("worker", starts.make)
+    starts.launches.close(0)
+    assert not starts.told
+    starts.release.set()
+    starts.launches.close(PATIENCE)
+    assert starts.told == [("disposed of", Thing)]
+    assert not end.fds
+    starts.turn()
+    assert starts.told == [("disposed of", Thing), ("adopted", "worker", Thing)]
+
+
+def test_a_start_that_is_over_and_given_up(starts: Starts) -> None:
+    """Before anybody was told of it: it is disposed of, once."""
+    starts.release.set()
+    starts.launches.begin("worker", starts.make)
+    wait_until(lambda: not starts.posted.empty())
+    starts.launches.give_up("worker")
+    starts.turn()
+    assert starts.told == [("disposed of", Thing)]
+
+
+def test_a_start_that_fails(starts: Starts) -> None:
+    """Whatever it raises; if it was given up nobody is told."""
+    for error in (ValueError, SystemExit):
+        starts.launches.begin("worker", lambda error=error: tasks.fail(error))  # type: ignore[misc]
+        starts.turn()
+    assert starts.told == [("failed", "worker", ValueError), ("failed", "worker", SystemExit)]
+    starts.launches.begin("worker", lambda: starts.make() and tasks.fail(ValueError))
+    starts.launches.give_up("worker")
+    starts.release.set()
+    starts.launches.close(PATIENCE)
+    assert starts.posted.empty()
+    assert len(starts.told) == 2
+
+
+def test_no_thread_for_a_start(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens in place."""
+    monkeypatch.setattr(threading.Thread, "start", lambda _: tasks.fail(RuntimeError))
+    starts.release.set()
+    starts.launches.begin("worker", starts.make)
+    starts.turn()
+    assert starts.told == [("adopted", "worker", Thing)]
+    starts.launches.begin("worker", starts.make)
+    starts.launches.give_up("worker")
+    starts.launches.close(PATIENCE)
+    assert starts.told[1:] == [("disposed of", Thing)]
+
+
+# ---------------------------------------------------------------------------------------------- around it
+
+
+def test_a_pool_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of what was opened for it stays, or stays noted."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    noted = set(channel._parent_ends.fds)
+    for place, function in ((os, "pipe"), (socket, "socketpair")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, function, refuse)
+            with pytest.raises(OSError, match="too many"):
+                hosts._HostingPool(hosts.make_context("fork"), 1, entry.Luggage())
+    assert channel._parent_ends.fds <= noted  # those of an executor before may go meanwhile

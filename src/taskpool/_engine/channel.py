@@ -161,6 +161,11 @@ class WorkerEnd:
         """The reading end of the life pipe."""
         return self.fds[2]
 
+    def move(self) -> WorkerEnd:
+        """Move the descriptors to another object, whose owner closes them; this one closes nothing any more."""
+        fds, self.fds = self.fds, ()
+        return WorkerEnd(*fds)
+
     def close(self) -> None:
         """Close the parent's copies, once the worker has its own."""
         fds, self.fds = self.fds, ()

@@ -134,14 +134,18 @@ class Crew:
         self.workers.add(worker)
         self._counts.started += 1
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
-        self._loop.wake_by(self.start_due(worker))
+        self.call_sent(worker)
         return True
+
+    def call_sent(self, worker: WorkerHandle) -> None:
+        """From now on an answer of the worker that starts is awaited."""
+        self._loop.wake_by(self.start_due(worker))
 
     def start_due(self, worker: WorkerHandle) -> float:
         """When a starting worker must be ready, or at least have said who it is."""
         timeout = self._settings.start_timeout
         due = math.inf if timeout is None else worker.since + timeout
-        return due if worker.process is not None else min(due, worker.since + self._host.answer_time)
+        return due if worker.process is not None else min(due, self._host.answer_due(worker))
 
     def process_known(self, worker: WorkerHandle, pid: int) -> None:
         """Note which process a worker is; its end is watched from now on. Hosts and workers themselves tell."""
@@ -175,7 +179,7 @@ class Crew:
         self._start_failed(error)
         self.expect_end(worker)
 
-    def start_failed(self, worker: WorkerHandle, error: Exception) -> None:
+    def start_failed(self, worker: WorkerHandle, error: BaseException) -> None:
         """A host could not start this worker's process."""
         self.bury(worker)
         self._start_failed(error)
@@ -454,6 +458,10 @@ class Crew:
                 self.bury(worker)
 
     # What hosts need
+
+    def post(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Have a host's function called on the dispatcher's thread. From any thread."""
+        self._loop.post(function, argument)
 
     def watch(self, fd: int, callback: Callable[[], Any]) -> None:
         """Have a host's callback called when `fd` is readable."""

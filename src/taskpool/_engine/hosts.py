@@ -7,6 +7,7 @@ its exit code where it learns it. Everything else goes over the channel, and is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from taskpool._engine import entry, stop
 from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children, no_forks
+from taskpool._engine.launches import Launches
 from taskpool.errors import WorkerCrashedError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 FORKSERVER_UNKNOWN = 255  # what multiprocessing's forkserver answers when it does not know an exit code
 MOST_REQUESTS = 16  # unanswered starts at a template, of some KB each, so that its socket has room for them
+ANSWER_TIME = 10.0  # seconds in which a call of a Pool must say who its worker is: such a call can get lost
 CLOSE_TIME = 1.0  # seconds that closing an engine may take before it is killed or left
 
 
@@ -50,7 +53,6 @@ class Host:
     """Starts and ends processes. All methods are called by the dispatcher, and none blocks for long."""
 
     exitcode_time = 0.25  # seconds that an exit code which is not known at once is waited for
-    answer_time = float("inf")  # seconds in which a start must say who it is, where that can get lost
 
     def attach(self, crew: Crew) -> None:
         """Learn whom to tell about pids and exit codes."""
@@ -69,8 +71,12 @@ class Host:
         """Return how many starts may be begun now."""
         return sys.maxsize
 
+    def answer_due(self, worker: WorkerHandle) -> float:
+        """When a worker that starts must have said who it is, where that can get lost."""
+        return math.inf
+
     def start_unanswered(self, worker: WorkerHandle) -> None:
-        """A start did not answer within `answer_time`, or not within the time for being ready."""
+        """A start did not answer by `answer_due`, or not within the time for being ready."""
 
     def pid_known(self, worker: WorkerHandle) -> None:
         """A worker said who it is."""
@@ -402,39 +408,124 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_in_child)
 
 
-class ProcessHost(Host):
-    """Starts each worker as one `multiprocessing.Process`."""
+class LaunchingHost(Host):
+    """Starts processes by multiprocessing, in whichever way.
+
+    Under fork at once, on the dispatcher's thread: nothing blocks there, and a fork on another thread would give the
+    child what this one is about to note or to close. Under spawn and forkserver on threads, by `Launches`.
+
+    Args:
+        context: The start method.
+        initializer: Called in each process; it goes as its argument, so that locks and queues pass by inheritance.
+        initargs: Its arguments.
+    """
 
     def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
         self._context = context
         self._luggage = entry.Luggage(initializer, initargs)
+        self._forks = context.get_start_method() == "fork"
+
+    def attach(self, crew: Crew) -> None:
+        """Learn whom to tell about pids and exit codes, and what came of starts."""
+        super().attach(crew)
+        self._launches: Launches[Any, Any] = Launches(
+            crew.post, adopt=self._adopt, fail=self._fail, dispose=self._dispose
+        )
+
+    def free_starts(self) -> int:
+        """Return how many starts may be begun now: where one may block, each is a thread."""
+        return sys.maxsize if self._forks else self._launches.free()
 
     def start(self, worker: WorkerHandle) -> None:
-        """Start the process. The initializer goes as its argument, so that locks and queues pass by inheritance."""
-        process = self._context.Process(  # type: ignore[attr-defined]
-            target=entry.in_process, args=(worker.channel.worker_end, self._luggage)
-        )
-        _processes.add(process)
-        _start_with(worker, process.start)
-        worker.hosted = process
-        self._crew.process_known(worker, process.pid)
+        """Start a process that gets the worker's end, and closes the parent's copies when it has."""
+        end = worker.channel.worker_end.move()
+        if self._forks:
+            self._adopt(worker, _fork_with(end, lambda: self._make(end)))
+        else:
+            self._launches.begin(worker, lambda: self._make(end), end)
 
-    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
-        """Ask the process object, which reaps it."""
-        return self._exit.code(worker, worker.hosted)
+    def _make(self, end: WorkerEnd) -> Any:
+        """Start a process that is a worker on `end`. Perhaps on another thread."""
+        raise NotImplementedError
+
+    def _adopt(self, key: Any, made: Any) -> None:
+        """Take over what was made for a key of `_launches`."""
+        raise NotImplementedError
+
+    def _dispose(self, made: Any) -> None:
+        """End what was made and is not wanted any more. Perhaps on another thread."""
+        raise NotImplementedError
+
+    def _fail(self, key: Any, error: BaseException) -> None:
+        """Nothing could be made for a key of `_launches`."""
+        if key.process is not None:
+            return  # it said who it is, so it was made after all, and its end will be seen
+        self._crew.start_failed(key, error)
 
     def hint(self, worker: WorkerHandle) -> str:
         """Add what is most often wrong under this start method."""
         return super().hint(worker) + guard_hint(self._context)
 
+    def close(self) -> None:
+        """Wait a while for the starts that were given up."""
+        self._launches.close(CLOSE_TIME)
+
+
+def _fork_with(end: WorkerEnd, make: Callable[[], Any]) -> Any:
+    """Run `make`, which forks, so that the child keeps the worker's end and none of the parent's."""
+    end.hand_over()
+    try:
+        with _unsaid_of_forks():
+            return make()
+    finally:
+        end.take_back()
+        end.close()
+
+
+@contextlib.contextmanager
+def _unsaid_of_forks() -> Iterator[None]:
+    # mp_context="fork" was asked for; that it is unsafe beside threads stands in the documentation.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+        yield
+
+
+class ProcessHost(LaunchingHost):
+    """Starts each worker as one `multiprocessing.Process`."""
+
+    def _make(self, end: WorkerEnd) -> Any:
+        arguments = end, self._luggage
+        process = self._context.Process(target=entry.in_process, args=arguments)  # type: ignore[attr-defined]
+        _processes.add(process)
+        process.start()
+        return process
+
+    def _adopt(self, key: WorkerHandle, made: Any) -> None:
+        key.hosted = made
+        self._crew.process_known(key, made.pid)
+
+    def _dispose(self, made: Any) -> None:
+        made.kill()
+        _free(made)
+
+    def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
+        """Ask the process object, which reaps it."""
+        return PENDING if worker in self._launches else self._exit.code(worker, worker.hosted)
+
     def buried(self, worker: WorkerHandle) -> None:
         """Reap it and free the process object."""
+        self._launches.give_up(worker)
         process, worker.hosted = worker.hosted, None
         if process is not None:
             self._exit.forget(process)
-            process.join(CLOSE_TIME)
-            with contextlib.suppress(ValueError):  # it does not end; multiprocessing keeps it
-                process.close()
+            _free(process)
+
+
+def _free(process: Any) -> None:
+    """Reap a process that has been killed, or has ended, and free the object."""
+    process.join(CLOSE_TIME)
+    with contextlib.suppress(ValueError):  # it does not end; multiprocessing keeps it
+        process.close()
 
 
 class _ExitCodes:
@@ -489,20 +580,6 @@ def guard_hint(context: BaseContext) -> str:
     )
 
 
-def _start_with(worker: WorkerHandle, start: Callable[[], object]) -> None:
-    """Run `start`, which starts a process, so that a forked one keeps the worker's end and none of the parent's."""
-    end = worker.channel.worker_end
-    end.hand_over()
-    try:
-        with warnings.catch_warnings():
-            # mp_context="fork" was asked for; that it is unsafe beside threads stands in the documentation.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-            start()
-    finally:
-        end.take_back()
-        end.close()
-
-
 # ProcessPoolExecutor
 
 
@@ -515,40 +592,52 @@ def _end(executor: Any) -> Callable[[Any], None]:
     return end
 
 
-class FuturesHost(Host):
+class FuturesHost(LaunchingHost):
     """Starts each worker as the one long call of a `ProcessPoolExecutor(max_workers=1)`."""
 
     def __init__(self, context: BaseContext, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
-        self._context = context
-        self._luggage = entry.Luggage(initializer, initargs)
+        super().__init__(context, initializer, initargs)
         self._ending: list[Any] = []  # executors whose manager thread still runs: dropping one earlier can deadlock it
 
     def start(self, worker: WorkerHandle) -> None:
         """Start an executor with this worker's end as its initializer's argument."""
+        self._forget_ended()
+        super().start(worker)
+
+    def _make(self, end: WorkerEnd) -> tuple[Any, ...]:
         from concurrent.futures import ProcessPoolExecutor
 
-        self._forget_ended()
-        arguments = worker.channel.worker_end, self._luggage
+        arguments = end, self._luggage
         executor = ProcessPoolExecutor(1, mp_context=self._context, initializer=entry.keep, initargs=arguments)
-        _start_with(worker, lambda: executor.submit(entry.in_executor).add_done_callback(_end(executor)))
+        executor.submit(entry.in_executor).add_done_callback(_end(executor))
         process = next(iter((executor._processes or {}).values()), None)
         if process is not None:
             _processes.add(process)
-        worker.hosted = executor, process, executor._executor_manager_thread
+        return executor, process, executor._executor_manager_thread
+
+    def _adopt(self, key: WorkerHandle, made: tuple[Any, ...]) -> None:
+        key.hosted = made
+        process = made[1]
         if process is not None and process.pid is not None:
-            self._crew.process_known(worker, process.pid)
+            self._crew.process_known(key, process.pid)
+
+    def _dispose(self, made: tuple[Any, ...]) -> None:
+        executor, process, thread = made
+        executor.shutdown(wait=False, cancel_futures=True)
+        if process is not None and thread is not None:
+            process.kill()
+            thread.join(CLOSE_TIME)  # it reaps the process
+            _free(process)
 
     def exitcode(self, worker: WorkerHandle) -> int | _Pending | None:
         """Ask the process object."""
-        process = worker.hosted[1] if worker.hosted is not None else None
-        return self._exit.code(worker, process)
-
-    def hint(self, worker: WorkerHandle) -> str:
-        """Add what is most often wrong under this start method."""
-        return super().hint(worker) + guard_hint(self._context)
+        if worker in self._launches:
+            return PENDING
+        return self._exit.code(worker, worker.hosted[1] if worker.hosted is not None else None)
 
     def buried(self, worker: WorkerHandle) -> None:
         """Let the executor end; keep it until its manager thread has."""
+        self._launches.give_up(worker)
         hosted, worker.hosted = worker.hosted, None
         if hosted is not None:
             self._exit.forget(hosted[1])
@@ -568,6 +657,7 @@ class FuturesHost(Host):
 
     def close(self) -> None:
         """Wait for the manager threads, all within one bound."""
+        super().close()
         deadline = time.monotonic() + CLOSE_TIME
         for _executor, _process, thread in self._ending:
             if thread is not None:
@@ -578,30 +668,70 @@ class FuturesHost(Host):
 # Pool
 
 
-class PoolHost(Host):
+class PoolHost(LaunchingHost):
     """Starts workers as long calls of a `multiprocessing.Pool`, which restarts a process for the next call itself.
 
     A killed process may take one of the Pool's own locks with it, if it was waiting for its call; then a start is not
     answered, and the Pool is replaced. The old one is kept until its living workers have ended.
-    """
 
-    answer_time = 10.0
+    What a worker is hosted by is the Pool, the call, and when that must be answered; workers may wait for a Pool that
+    is still being opened.
+    """
 
     def __init__(
         self, context: BaseContext, size: int, initializer: Any = None, initargs: tuple[Any, ...] = ()
     ) -> None:
-        self._context = context
+        super().__init__(context, initializer, initargs)
         self._size = size
-        self._luggage = entry.Luggage(initializer, initargs)
         self._pool: _HostingPool | None = None
 
+    def free_starts(self) -> int:
+        """Return how many starts may be begun now: they are calls, and need no thread."""
+        return sys.maxsize
+
     def start(self, worker: WorkerHandle) -> None:
-        """Send the worker's end through the door and have the Pool call for it."""
+        """Send the worker's end through the door and have the Pool call for it, once it is open."""
         if self._pool is None:
-            self._pool = _HostingPool(self._context, self._size, self._luggage)
-            self._watch_first(self._pool)
-        worker.hosted = self._pool, self._pool.host(worker.channel.worker_end)
+            self._open_pool()
+        worker.hosted = self._pool, None, math.inf
+        if self._pool not in self._launches:
+            self._call_for(worker)
+
+    def _open_pool(self) -> None:
+        pool = _HostingPool(self._context, self._size, self._luggage)
+        if self._forks:
+            with _unsaid_of_forks():
+                pool.open()
+            self._watch_first(pool)
+        else:
+            self._launches.begin(pool, pool.open)
+        self._pool = pool
+
+    def _call_for(self, worker: WorkerHandle) -> None:
+        pool: _HostingPool = worker.hosted[0]
+        worker.hosted = pool, pool.host(worker.channel.worker_end), time.monotonic() + ANSWER_TIME
         worker.channel.worker_end.close()
+
+    def _adopt(self, key: _HostingPool, made: _HostingPool) -> None:
+        self._watch_first(made)
+        for worker in self._crew.hosted_by(key):
+            try:
+                self._call_for(worker)
+            except OSError as error:
+                self._crew.start_failed(worker, error)
+            else:
+                self._crew.call_sent(worker)
+
+    def _fail(self, key: _HostingPool, error: BaseException) -> None:
+        self._pool = None if self._pool is key else self._pool
+        waiting = self._crew.hosted_by(key)
+        for worker in waiting[1:]:
+            self._crew.start_lost(worker)  # it counts once
+        for worker in waiting[:1]:
+            super()._fail(worker, error)
+
+    def _dispose(self, made: _HostingPool) -> None:
+        made.end()
 
     def _watch_first(self, pool: _HostingPool) -> None:
         """See whether the Pool's first processes all end before one becomes a worker.
@@ -631,6 +761,10 @@ class PoolHost(Host):
             self._crew.start_died(worker, processes)
         self._end_if_unused(pool)  # it may have had no worker left
 
+    def answer_due(self, worker: WorkerHandle) -> float:
+        """When the call must have been answered."""
+        return math.inf if worker.hosted is None else float(worker.hosted[2])
+
     def start_unanswered(self, worker: WorkerHandle) -> None:
         """Use another Pool from now on."""
         if worker.hosted is not None and worker.hosted[0] is self._pool:
@@ -648,56 +782,69 @@ class PoolHost(Host):
             self._watch_no_more(worker.hosted[0])
             worker.hosted[0].process(worker.pid)
 
-    def hint(self, worker: WorkerHandle) -> str:
-        """Add what is most often wrong under this start method."""
-        return super().hint(worker) + guard_hint(self._context)
-
     def buried(self, worker: WorkerHandle) -> None:
         """Forget the hosted call, which the Pool would keep for ever; end a replaced Pool with its last worker."""
         hosted, worker.hosted = worker.hosted, None
         if hosted is not None:
-            pool, call = hosted
+            pool, call, _due = hosted
             self._exit.forget(pool.drop_process(worker.pid))
-            pool.forget(call)
+            if call is not None:
+                pool.forget(call)
             self._end_if_unused(pool)
 
     def _end_if_unused(self, pool: _HostingPool) -> None:
         """End a replaced Pool once nothing runs in it."""
-        if pool is not self._pool and not pool.calls:
+        if pool is not self._pool and not pool.calls and not self._crew.hosted_by(pool):
+            self._end_pool(pool)
+
+    def _end_pool(self, pool: _HostingPool) -> None:
+        if pool in self._launches:
+            self._launches.give_up(pool)  # it is ended once it is open
+        else:
             self._watch_no_more(pool)
             pool.end()
 
     def close(self) -> None:
         """End the Pool."""
         if self._pool is not None:
-            self._watch_no_more(self._pool)
-            self._pool.end()
+            self._end_pool(self._pool)
             self._pool = None
+        super().close()
 
 
 class _HostingPool:
     """One `multiprocessing.Pool` and the door through which its processes get their channels."""
 
     def __init__(self, context: BaseContext, size: int, luggage: entry.Luggage) -> None:
-        self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        keep_from_children({self._ours.fileno()})
-        self._ours.settimeout(0)
+        self._make = context.Pool
+        self._size = size
+        self._luggage = luggage
         life, self._life = os.pipe()
-        keep_from_children({self._life})
         self._reader = Connection(life, writable=False)
+        try:
+            self._ours, self._theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(self._life)
+            self._reader.close()
+            raise
+        keep_from_children({self._ours.fileno(), self._life})
+        self._ours.settimeout(0)
         self._processes: dict[int | None, Any] = {}
         self.calls: set[Any] = set()
+        self.first: list[Any] = []
         self._ended = False
+
+    def open(self) -> _HostingPool:
+        """Start the Pool, which may block; return this."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-                arguments = self._theirs, self._reader, luggage
-                self._pool = context.Pool(size, entry.open_door, arguments)
+            self._pool = self._make(self._size, entry.open_door, (self._theirs, self._reader, self._luggage))
         except BaseException:
+            self._ended = True
             self._close()
             raise
         _pools.add(self._pool)
-        self.first: list[Any] = list(self._pool._pool)  # type: ignore[attr-defined]
+        self.first += self._pool._pool  # type: ignore[attr-defined]
+        return self
 
     def host(self, end: WorkerEnd) -> Any:
         """Have some process of the Pool take this worker's end; return the hosted call."""
