@@ -363,7 +363,7 @@ def test_a_forked_worker_does_not_use_what_it_inherits(pool: Pool, call: str, mo
 def test_nothing_is_left_of_a_task_that_was_ended(pool: Pool, tmp_path: Path, end: str) -> None:
     """Its workers, their children, and what has started them: gone within a second."""
     notes = tmp_path / "notes"
-    executor = pool(1, grace=0.3, task_timeout=2 if end == "limit" else None)
+    executor = pool(1, grace=0.3, task_timeout=5 if end == "limit" else None)
     worker = executor.submit(tasks.pid).result(PATIENCE)
     future = executor.submit(nest.enter_in_workers, ["sleeping", "deaf", "holding", "parent"], notes)
     wait_until(lambda: len(lines(notes)) == 4 or future.done())
