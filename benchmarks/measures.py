@@ -242,10 +242,10 @@ def replacement(_: str) -> Figures:
 
 
 def _replace(pool: Any) -> float:
-    pid = pool.submit(workloads.pid).result()
+    pool.submit(workloads.pid).result()
     pool.submit(workloads.die).exception()
     began = now()
-    assert pool.submit(workloads.same, pid).result() == pid
+    assert pool.submit(abs, -3).result() == 3  # nothing that the new process would have to import
     return (now() - began) * 1e3
 
 

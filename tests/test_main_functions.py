@@ -12,13 +12,14 @@ from tests.helpers import EVERY_HOST, TEMPLATE, Backend, Ended, lines, on_every_
 
 # A program whose functions, classes and exceptions are its own. It has no guard unless it gets one.
 PROGRAM = """
-import collections, dataclasses, enum, functools, os, sys
+import collections, dataclasses, enum, functools, operator, os, sys
 import taskpool
 
 with open(os.environ["NOTES"], "a") as file:
     file.write(f"{os.getpid()}\\n")
 
 OFFSET = 10
+TABLE = list(range(150_000))
 
 class MainError(Exception):
     def __init__(self, code, reason):
@@ -103,6 +104,9 @@ def main(**options):
         assert run(Point(1, 2).moved, 3) == Point(4, 2)
         assert run(Special(1, 2).moved, 3) == Point(7, 2)
         assert run(is_point, Special(1, 2)) is True
+        assert run(lambda point, many: point.moved(len(many)), Point(1, 2), TABLE) == Point(150_001, 2)
+        assert run(lambda point: point.moved(TABLE[1]), Point(1, 2)) == Point(2, 2)
+        assert run(operator.getitem, [bytes(300_000), TABLE, Point(1, 2)], 2) == Point(1, 2)
         assert run(same, Record(3)) == Record(3)
         assert run(same, Colour.RED) is Colour.RED
         assert run(same, Pair(1, [Point(1, 2)])) == Pair(1, [Point(1, 2)])

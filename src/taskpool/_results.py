@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import Any, NoReturn
 
 from taskpool import progress
 from taskpool._map import MapBackend, MapJob, Settled
@@ -29,12 +29,42 @@ LARGEST_PIECE = 1 << 16  # items that are pickled together
 class Values(chain[Any]):
     """The results of a map, one after the other."""
 
+    results: MapResults
     groups: Generator[Iterator[Any]]
 
     def close(self) -> None:
         """End the map: items that have not started never will."""
+        self.results.close(stop=False)
         self.groups.close()
         deque(self, maxlen=0)  # what has come of the current group
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the results of a map cannot be copied or pickled: put them into a list")
+
+
+class _Groups:
+    """Asks a generator for the next group. Whoever asks while it runs, in another thread, gets its error himself.
+
+    `chain` forgets its source when that raises, and would end for everybody; not so when a group raises.
+    """
+
+    def __init__(self, made: Generator[Iterator[Any]]) -> None:
+        self._made: Any = made
+
+    def __iter__(self) -> Iterator[Iterator[Any]]:
+        return self
+
+    def __next__(self) -> Iterator[Any]:
+        try:
+            return next(self._made)
+        except ValueError as error:
+            if self._made.gi_frame is None:  # it has ended: the error is the map's
+                raise
+            return map(_reraise, (error,))
+
+
+def _reraise(error: Exception) -> NoReturn:
+    raise error
 
 
 class MapResults:
@@ -193,8 +223,8 @@ class MapResults:
             Exception: The item's own error; what the map had started is stopped.
         """
         groups = self._groups()
-        values: Values = Values.from_iterable(groups)  # type: ignore[assignment]  # a class method makes what it is of
-        values.groups = groups
+        values: Values = Values.from_iterable(_Groups(groups))  # type: ignore[assignment]  # it is of this class
+        values.results, values.groups = self, groups
         return values
 
     def _groups(self) -> Generator[Iterator[Any]]:

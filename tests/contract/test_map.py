@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +101,48 @@ def test_an_endless_input_is_read_ahead_only_so_far(pool: Pool) -> None:
     at_close = taken
     assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
     assert taken == at_close
+
+
+@on_pools
+def test_a_second_thread_that_asks_gets_the_error_alone(pool: Pool, tmp_path: Path) -> None:
+    """Whoever was waiting for a result gets that one and all others."""
+    results: Any = pool(1).map(
+        tasks.call, [(tasks.await_file, tmp_path / "go"), *[(tasks.identity, n) for n in range(3)]]
+    )
+    got: list[Any] = []
+    waiting = threading.Thread(target=got.extend, args=(results,))
+    waiting.start()
+    wait_until(lambda: results.groups.gi_running)
+    with pytest.raises(ValueError, match="already executing"):
+        next(results)
+    (tmp_path / "go").touch()
+    waiting.join(PATIENCE)
+    assert got == [None, 0, 1, 2]
+
+
+@on_pools
+def test_close_before_the_first_result_ends_a_map(pool: Pool, tmp_path: Path) -> None:
+    """What has not started never will."""
+    executor = pool(1)
+    first = tasks.hold, tmp_path / "started", tmp_path / "go"
+    results: Any = executor.map(
+        tasks.call, [first, *[(tasks.note, tmp_path / "notes", n) for n in range(5)]], chunksize=1
+    )
+    wait_until((tmp_path / "started").exists)
+    results.close()
+    (tmp_path / "go").touch()
+    assert executor.submit(tasks.identity, 1).result(PATIENCE) == 1
+    assert list(results) == []
+    assert lines(tmp_path / "notes") == []
+
+
+@on_all
+def test_the_results_of_a_map_are_no_copyable_thing(pool: Pool) -> None:
+    """As with any generator."""
+    results = pool(1).map(tasks.identity, range(3))
+    with pytest.raises(TypeError):
+        copy.copy(results)
+    assert list(results) == [0, 1, 2]
 
 
 @on_all

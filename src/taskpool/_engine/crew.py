@@ -435,19 +435,24 @@ class Crew:
             worker.process.close()
 
     def _settle(self, worker: WorkerHandle) -> None:
-        item = self._take_back(worker)
-        while worker.inflight:
-            self._hub.settle_left(worker, worker.inflight.popleft(), item)
+        self._take_back(worker)
+        while worker.inflight:  # to which a submitting thread may be adding
+            unit = worker.inflight.popleft()
+            self._hub.settle_left(worker, unit, self._ran(worker, unit))
 
-    def _take_back(self, worker: WorkerHandle) -> int:
-        """Put back what a dead worker has not begun; return which item of the unit that is left it ran."""
+    def _take_back(self, worker: WorkerHandle) -> None:
+        """Put back what a dead worker has not begun."""
         worker.channel.take_back()  # nobody will read it any more
-        unit_id, item, _started, _phase = worker.channel.page.current()
         for unit in list(worker.inflight):
-            if unit.id != unit_id or not unit.begun(item):
-                worker.inflight.remove(unit)
-                self._hub.settle_left(worker, unit, None)
-        return item
+            if self._ran(worker, unit) is None:
+                with contextlib.suppress(ValueError):  # a submitting thread has just taken it off: its write failed
+                    worker.inflight.remove(unit)
+                    self._hub.settle_left(worker, unit, None)
+
+    def _ran(self, worker: WorkerHandle, unit: Unit) -> int | None:
+        """Which item of a unit a dead worker ran; None if it had not begun the unit."""
+        unit_id, item, _started, _phase = worker.channel.page.current()
+        return item if unit.id == unit_id and unit.begun(item) else None
 
     def abandon(self) -> None:
         """Kill and bury all, whatever happens: the engine has failed."""

@@ -254,9 +254,9 @@ class _TemplateProcess:
         self.starting: dict[int, WorkerHandle] = {}  # requests that it has not answered
         self.has_started = False  # whether it has ever started a worker
         self._requests = 0
-        self._identity = _identity()
-        self._state: dict[str, Any] = _state()
         try:
+            self._identity = _identity()
+            self._state: dict[str, Any] = _state()
             self._process = self._popen(theirs.fileno(), preload)
         except BaseException:
             close_kept(ours.detach())
@@ -271,8 +271,13 @@ class _TemplateProcess:
         code += f"main({fd}, {preload!r})"
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         # Its own session from the first moment: a Ctrl-C at the terminal is not for it.
+        # With a copy of the environment: the system's own may move while another thread changes it.
         return subprocess.Popen(
-            [sys.executable, *flags, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[fd], start_new_session=True
+            [sys.executable, *flags, "-c", code],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[fd],
+            env=self._state["environ"],
+            start_new_session=True,
         )
 
     def fits(self) -> bool:
@@ -322,7 +327,7 @@ def _identity() -> tuple[Any, ...]:
 def _state() -> dict[str, Any]:
     """Return what a worker shall have as the parent has it now."""
     state: dict[str, Any] = {
-        "environ": dict(os.environ),
+        "environ": _environ(),
         "path": list(sys.path),
         "argv": list(getattr(sys, "argv", [])),
     }
@@ -333,6 +338,13 @@ def _state() -> dict[str, Any]:
         state["umask"] = umask
     state["filters"] = [entry for entry in warnings.filters if _is_plain_filter(entry)]
     return state
+
+
+def _environ() -> dict[str, str]:
+    """Copy the environment, which other threads may be changing."""
+    while True:
+        with contextlib.suppress(KeyError, RuntimeError):
+            return dict(os.environ)
 
 
 def _umask() -> int | None:

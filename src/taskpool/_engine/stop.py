@@ -55,10 +55,20 @@ class ProcessHandle:
     def send(self, number: signal.Signals) -> None:
         """Send a signal; a process that has ended gets none."""
         with contextlib.suppress(OSError):
-            if self.fd is not None:
-                signal.pidfd_send_signal(self.fd, number)
-            elif not self.ended:
+            if not self._send_by_fd(number) and not self.ended:
                 os.kill(self.pid, number)
+
+    def _send_by_fd(self, number: signal.Signals) -> bool:
+        """Send a signal by the pidfd; False if there is none, or it takes none, as in some sandboxes."""
+        if self.fd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(self.fd, number)
+        except ProcessLookupError:  # it has ended
+            return True
+        except OSError:
+            return False
+        return True
 
     def kill(self) -> None:
         """End the process itself, at once."""

@@ -15,7 +15,6 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
@@ -108,7 +107,7 @@ def dumps(value: object) -> Pickled:
     except Exception:
         # Lambdas, closures, classes made in functions. If cloudpickle fails as well its error is the more telling one.
         return _dump_home(value)
-    return _dump_home(value) if _names_main(pickled) else pickled
+    return _dump_home(value) if _mentions_of_main(pickled) else pickled
 
 
 def dumps_for_worker(value: object, *, has_large: bool = False) -> Pickled:
@@ -125,7 +124,7 @@ def dumps_for_worker(value: object, *, has_large: bool = False) -> Pickled:
         pickled = _dump_beside(value) if has_large else _dump(value)
     except Exception:
         return _dump(functions.Parcel(value))
-    return _dump(functions.Parcel(value)) if _names_main(pickled) else pickled
+    return _dump(functions.Parcel(value)) if _mentions_of_main(pickled) else pickled
 
 
 def are_plain(values: list[Any]) -> bool:
@@ -157,9 +156,10 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
         pickled = (_dump_beside if has_large else _dump)((kept, *rest))
     except Exception:
         return _dump(functions.Parcel((fn, *rest)))
-    if (
-        sum(bytes(part).count(MAIN) for part in (pickled.stream, *pickled.rest) if len(part) < LARGE) > kept.mentions
-    ):  # the arguments name it, too
+    own = (
+        0 if has_large and len(kept.data) >= LARGE else kept.mentions
+    )  # then it stands by itself, and is not looked at
+    if _mentions_of_main(pickled) > own:  # the arguments name it, too
         return _dump(functions.Parcel((fn, *rest)))
     return pickled
 
@@ -202,8 +202,10 @@ def _dump_home(value: object) -> Pickled:
     return Pickled(packed.stream, [buffer.raw() for buffer in packed.buffers])
 
 
-def _names_main(pickled: Pickled) -> bool:
-    return MAIN in bytes(pickled.stream) or any(MAIN in part for part in pickled.rest if len(part) < LARGE)
+def _mentions_of_main(pickled: Pickled) -> int:
+    """Count where the stream may name `__main__`: everywhere but in large bytes by themselves."""
+    parts = [pickled.stream, *(part for part in pickled.rest if len(part) < LARGE)]
+    return sum(bytes(part).count(MAIN) for part in parts)
 
 
 def _has_large(value: Any) -> bool:
@@ -250,12 +252,20 @@ class _Parts:
         self._parts.append(data if type(data) is bytes else bytes(data))
 
     def joined(self) -> list[bytes]:
-        """Return the parts, with small neighbours together."""
+        """Return the parts, small neighbours together: what is LARGE is one write, of somebody's bytes and no names."""
         found: list[bytes] = []
-        for is_large, group in groupby(self._parts, lambda part: len(part) >= LARGE):
-            parts = list(group)
-            found += parts if is_large else [b"".join(parts)]
-        return found
+        small: list[bytes] = []
+        size = 0
+        for part in self._parts:
+            if small and size + len(part) >= LARGE:
+                found.append(b"".join(small))
+                small, size = [], 0
+            if len(part) >= LARGE:
+                found.append(part)
+            else:
+                small.append(part)
+                size += len(part)
+        return [*found, b"".join(small)] if small else found
 
 
 class _LargeBuffer(BaseException):

@@ -41,7 +41,7 @@ LOOK = (
 )
 SOME = 100  # ... but no more than so many
 TINY = 1e-6  # items quicker than this, measured in
-TINY_IN_A_ROW = 10  # ... stretches of LOOK, are cheaper than looks at the clock
+TINY_IN_A_ROW = 10  # ... stretches of LOOK, run for ten times as long
 REPORTS = 50e-3  # seconds between two reports of a task that are sent
 
 now = time.monotonic
@@ -350,17 +350,13 @@ class RangeRun:
 
     def _run_some(self) -> None:
         # A look at the clock behind each item, so that no outcome waits for a slow neighbour: items run until their time
-        # is over, so if then much more has passed, the last one was slow. Items of less than a microsecond, and none but
-        # a hundred of them have shown that, share a look among 16, and have more time: looks would double their cost.
+        # is over, so if then much more has passed, the last one was slow. Tiny ones have more time.
         are_tiny = self._tiny >= TINY_IN_A_ROW
         began = now()
         until = began + (10 * LOOK if are_tiny else LOOK)
         first, last = self.index, min(self.index + (10 * SOME if are_tiny else SOME), self.end)
-        items = self._items[first:last]
-        if self._limited or self._star:
-            self.index = 1 + self._run_carefully(items, first, until)
-        else:
-            self.index = 1 + self._run_plainly(items, first, until, 15 if are_tiny else 0)
+        run = self._run_carefully if self._limited or self._star else self._run_plainly
+        self.index = 1 + run(self._items[first:last], first, until)
         if self.worker.interrupts.stack is not None:
             raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
         ended = now()
@@ -371,13 +367,13 @@ class RangeRun:
     # The hot loops of every map, so what they need stands in local names; what the second one can do has its price.
     # A mark before each item, so that after a death it is known which one ran.
 
-    def _run_plainly(self, items: Sequence[Any], first: int, until: float, unlooked: int) -> int:
+    def _run_plainly(self, items: Sequence[Any], first: int, until: float) -> int:
         words, fn, add, clock = self.worker._words, self._fn, self.values.append, now
         index = first
         for index, item in enumerate(items, first):
             words[ITEM] = index
             add(fn(item))
-            if not index & unlooked and clock() >= until:
+            if clock() >= until:
                 break
         return index
 

@@ -60,8 +60,8 @@ class Stats:
         started: Workers that were started.
         replaced: Workers that ended before their time, by a crash or by being stopped.
         retried: Attempts that failed and were followed by another one.
-        rerun: Items of maps that ran twice, since their worker died before their results were written: those of less
-            than a millisecond's work, or at most 15 items behind hundreds that took less than a microsecond each.
+        rerun: Items of maps that ran twice, since their worker died before their results, of less than a millisecond's
+            work, were written.
     """
 
     workers: int = 0
