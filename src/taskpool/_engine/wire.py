@@ -65,7 +65,7 @@ class Pickled(NamedTuple):
     @property
     def length(self) -> int:
         """The number of bytes of the whole stream."""
-        return len(self.stream) + sum(map(len, self.rest))
+        return len(self.stream) + sum(map(len, self.rest)) if self.rest else len(self.stream)
 
     def pieces(self) -> list[Bytes]:
         """Return what is to be written, in order."""
@@ -204,6 +204,8 @@ def _dump_home(value: object) -> Pickled:
 
 def _mentions_of_main(pickled: Pickled) -> int:
     """Count where the stream may name `__main__`: everywhere but in large bytes by themselves."""
+    if not pickled.rest:
+        return bytes(pickled.stream).count(MAIN)
     parts = [pickled.stream, *(part for part in pickled.rest if len(part) < LARGE)]
     return sum(bytes(part).count(MAIN) for part in parts)
 
