@@ -12,7 +12,7 @@ from tests.helpers import EVERY_HOST, TEMPLATE, Backend, Ended, lines, on_every_
 
 # A program whose functions, classes and exceptions are its own. It has no guard unless it gets one.
 PROGRAM = """
-import collections, dataclasses, enum, functools, operator, os, sys
+import collections, dataclasses, enum, functools, operator, os, pickle, sys
 import taskpool
 
 with open(os.environ["NOTES"], "a") as file:
@@ -106,6 +106,8 @@ def main(**options):
         assert run(is_point, Special(1, 2)) is True
         assert run(lambda point, many: point.moved(len(many)), Point(1, 2), TABLE) == Point(150_001, 2)
         assert run(lambda point: point.moved(TABLE[1]), Point(1, 2)) == Point(2, 2)
+        beside = pickle.PickleBuffer(bytes(100_000))
+        assert run(lambda point, buffer: point.moved(TABLE[1] + len(buffer)), Point(1, 2), beside) == Point(100_002, 2)
         assert run(operator.getitem, [bytes(300_000), TABLE, Point(1, 2)], 2) == Point(1, 2)
         assert run(same, Record(3)) == Record(3)
         assert run(same, Colour.RED) is Colour.RED

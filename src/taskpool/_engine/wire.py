@@ -156,10 +156,8 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
         pickled = (_dump_beside if has_large else _dump)((kept, *rest))
     except Exception:
         return _dump(functions.Parcel((fn, *rest)))
-    own = (
-        0 if has_large and len(kept.data) >= LARGE else kept.mentions
-    )  # then it stands by itself, and is not looked at
-    if _mentions_of_main(pickled) > own:  # the arguments name it, too
+    stands_apart = bool(pickled.rest) and len(kept.data) >= LARGE  # and then is not searched
+    if _mentions_of_main(pickled) > (0 if stands_apart else kept.mentions):  # the arguments name it, too
         return _dump(functions.Parcel((fn, *rest)))
     return pickled
 
