@@ -867,13 +867,16 @@ class Point:
     def __init__(self, x):
         self.x = x
 
+class Known:
+    name = "__main__ __main__"  # mentions that belong to the function
+
 TABLE = list(range(150_000))  # pickled, as large as what is not searched for names
 
 def takes(point, beside):
     return point.x + len(beside)
 
 def uses_table(point, *beside):
-    return point.x + TABLE[1]
+    return point.x + TABLE[1] * len(Known.name.split()) - 1
 
 if __name__ == "__main__":
     for call in (
