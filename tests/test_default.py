@@ -82,13 +82,13 @@ def test_the_first_failure_comes_as_itself(backend: str) -> None:
 
 
 def test_a_failure_stops_what_comes_behind_it(tmp_path: Path) -> None:
-    """After the error nothing of that call runs on."""
+    """After the error nothing of that call runs on; what was sent ahead may have begun before it was seen."""
+    notes = tmp_path / "notes"
     with pytest.raises(tasks.TwoArguments):
-        taskpool.map(states.fail_or_hang, [tmp_path / "notes"] * 4, range(4), max_workers=2, chunksize=1)
-    noted = states.pids(tmp_path / "notes")
-    wait_until(lambda: not any(map(processes.alive, noted)), 5, "the end of the item that hung")
-    assert taskpool.map(abs, [-1], timeout=10) == [1]
-    assert states.pids(tmp_path / "notes") == noted, "an item began after the error"
+        taskpool.map(states.fail_or_hang, [notes] * 8, range(8), max_workers=2, chunksize=1)
+    assert taskpool.map(abs, [-1] * 8, max_workers=2, timeout=10) == [1] * 8
+    wait_until(lambda: not any(map(processes.alive, states.pids(notes))), 5, "the end of the items that hung")
+    assert len(states.pids(notes)) <= 2, "an item began after the error"
 
 
 def test_an_input_that_fails() -> None:
