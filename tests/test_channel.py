@@ -9,6 +9,7 @@ from typing import NoReturn
 import pytest
 
 from taskpool._engine import channel as channels
+from taskpool._engine import descriptors
 from taskpool._engine.channel import Channel
 
 
@@ -19,7 +20,7 @@ def test_a_channel_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.Monkey
     def refuse(*_: object) -> NoReturn:
         raise OSError(errno.EMFILE, "too many open files")
 
-    noted = set(channels._parent_ends.fds)
+    noted = set(descriptors._parent_ends.fds)
     with monkeypatch.context() as patch:
         patch.setattr(os, function, refuse)
         if function == "open":  # the second reading end is something that a channel can do without
@@ -27,7 +28,7 @@ def test_a_channel_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.Monkey
         else:
             with pytest.raises(OSError, match="too many"):
                 Channel()
-    assert channels._parent_ends.fds == noted
+    assert descriptors._parent_ends.fds == noted
 
 
 def test_a_task_for_a_worker_that_has_died_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import pytest
 
 import taskpool
-from taskpool._engine import channel, entry, handle, hosts, launches
+from taskpool._engine import descriptors, entry, handle, hosts, launches
 from taskpool._engine.channel import Channel
 from taskpool._engine.launches import Launches
 from tests import states, tasks
@@ -322,10 +322,10 @@ def test_a_pool_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.EMFILE, "too many open files")
 
-    noted = set(channel._parent_ends.fds)
+    noted = set(descriptors._parent_ends.fds)
     for place, function in ((os, "pipe"), (socket, "socketpair")):
         with monkeypatch.context() as patch:
             patch.setattr(place, function, refuse)
             with pytest.raises(OSError, match="too many"):
                 hosts._HostingPool(hosts.make_context("fork"), 1, entry.Luggage())
-    assert channel._parent_ends.fds <= noted  # those of an executor before may go meanwhile
+    assert descriptors._parent_ends.fds <= noted  # those of an executor before may go meanwhile

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 import taskpool
-from taskpool._engine import channel, hosts, stop
+from taskpool._engine import descriptors, hosts, stop
 from tests import processes, states, tasks
 from tests.helpers import PATIENCE, TEMPLATE, at_most, bounded, lines, outcome, wait_until
 from tests.scripts import run_main
@@ -131,12 +131,12 @@ def test_terminate_while_the_first_worker_starts(
 
 def test_a_template_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is noted of its socket, whose number may soon mean another file."""
-    noted = set(channel._parent_ends.fds)
+    noted = set(descriptors._parent_ends.fds)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", refuse)
         with pytest.raises(OSError, match="too many"):
             hosts._TemplateProcess([])
-    assert channel._parent_ends.fds <= noted  # those of an executor before may go meanwhile
+    assert descriptors._parent_ends.fds <= noted  # those of an executor before may go meanwhile
 
 
 IGNORED_CHILDREN = """

@@ -19,10 +19,11 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from taskpool._engine import wire
+from taskpool._engine import descriptors, memory, wire
+from taskpool._engine.descriptors import close_kept, keep_from_children, memory_file
 from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
 
 PACKET = 4096  # PIPE_BUF: the largest write that is atomic, and the largest packet
@@ -30,8 +31,9 @@ PACKETS = 128  # how many packets may lie in a task pipe, where the system allow
 STACK_AT = 4096  # the stack's place in the page file, behind the words
 PAGE_SIZE = 64 * 1024
 
-# The words of the page. The worker writes the first four, the parent the last two.
-UNIT, ITEM, STARTED, PHASE, INTERRUPT, INTERRUPT_ITEM = range(6)
+# The words of the page. The worker writes the first five, the parent the others; the last four say which block of
+# memory the worker may write its next large result into.
+UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER = range(11)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
@@ -76,78 +78,12 @@ class Page:
         self._map.close()
 
 
-def memory_file() -> int:
-    """Open a new file without a name."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("taskpool", os.MFD_CLOEXEC)
-    import tempfile
-
-    fd, path = tempfile.mkstemp(prefix="taskpool-")
-    os.unlink(path)
-    return fd
-
-
 def _page_file(opened: list[int]) -> int:
     fd = memory_file()
     opened.append(fd)
     os.ftruncate(fd, PAGE_SIZE)
     os.lseek(fd, STACK_AT, os.SEEK_SET)  # faulthandler writes at the file's position
     return fd
-
-
-class _ParentEnds:
-    """The descriptors that only the parent may hold. A forked child closes them before it runs anything else.
-
-    The lock keeps a fork of another thread out of the moment between making descriptors and noting them here. It is
-    reentrant, since a signal handler that forks may interrupt that very moment.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.fds: set[int] = set()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._close_in_child
-            )
-
-    # Not the lock's own methods: a child has a lock of its own, and the old one stays locked there for ever.
-
-    def _before_fork(self) -> None:
-        self.lock.acquire()
-
-    def _after_fork(self) -> None:
-        self.lock.release()
-
-    def _close_in_child(self) -> None:
-        for fd in self.fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self.fds.clear()
-        self.lock = threading.RLock()
-
-    def close(self, fd: int) -> None:
-        with self.lock:
-            if fd in self.fds:
-                self.fds.discard(fd)
-                os.close(fd)
-
-
-_parent_ends = _ParentEnds()
-
-
-def keep_from_children(fds: Iterable[int]) -> None:
-    """Note descriptors that a forked child of this process must close."""
-    _parent_ends.fds.update(fds)
-
-
-def no_forks() -> threading.RLock:
-    """Return the lock under which no other thread forks, so that no child gets what has not been noted yet."""
-    return _parent_ends.lock
-
-
-def close_kept(fd: int) -> None:
-    """Close a descriptor that was noted by `keep_from_children`. Once: its number may soon mean another file."""
-    _parent_ends.close(fd)
 
 
 class WorkerEnd:
@@ -174,11 +110,11 @@ class WorkerEnd:
 
     def hand_over(self) -> None:
         """Let a forked child keep these descriptors: the next fork is the worker's."""
-        _parent_ends.fds.difference_update(self.fds)
+        descriptors.let_child_keep(self.fds)
 
     def take_back(self) -> None:
         """Note them again, so that they can be closed and no other child gets them."""
-        _parent_ends.fds.update(self.fds)
+        keep_from_children(self.fds)
 
     def __reduce__(self) -> tuple[Any, ...]:
         from multiprocessing.reduction import DupFd
@@ -194,7 +130,7 @@ class Channel:
     """The parent's end. All methods but `send_packet` belong to the dispatcher; `send_packet` to whoever owns the worker."""
 
     def __init__(self) -> None:
-        with _parent_ends.lock:
+        with descriptors.no_forks():
             self._make()
 
     def _make(self) -> None:
@@ -221,6 +157,7 @@ class Channel:
         self._reader = wire.FrameReader()
         self._sending: list[memoryview] = []
         self._fetched: deque[bytes] = deque()  # read, and not looked at yet
+        self.lent: memory.Block | None = None  # for the worker's next large result
         self.received = 0
         self.is_open = True
 
@@ -361,6 +298,31 @@ class Channel:
         """Forget the fetched frame: it has been dealt with."""
         self.received += len(self._fetched.popleft())
 
+    def lend(self, block: memory.Block) -> None:
+        """Let the worker write its next large result into this block."""
+        self.lent = block
+        words = self.page.words
+        words[BLOCK], words[INODE], words[OWNER] = block.fd, block.inode, os.getpid()
+        words[TURN] += 1
+
+    def claim(self, places: Bytes, free: Callable[[memory.Block], None]) -> list[memoryview]:
+        """Return the parts that the worker has written into the lent block, which is freed when nobody looks at them.
+
+        Raises:
+            BadFrameError: If it cannot have written that.
+        """
+        block, self.lent = self.lent, None
+        found = memory.unpack(places)[1]
+        end = max((place.offset + place.size for place in found), default=0)
+        if block is None or not end or {place.inode for place in found} != {block.inode} or not block.reaches(end):
+            raise BadFrameError("a result that lies nowhere")
+        view = memory.hand(block, end, free)
+        return [view[place.offset : place.offset + place.size] for place in found]
+
+    def progress(self) -> int:
+        """Return a number that grows with what the worker has written of its outcomes."""
+        return self.received + self.page.words[WRITTEN]
+
     def end_life(self) -> None:
         """Close the writing end of the life pipe: the kernel kills the worker's process group."""
         if self.has_life:
@@ -378,6 +340,8 @@ class Channel:
         self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files
         self.unread = None
         self._sending = []
+        if self.lent is not None:
+            self.lent.close()  # not to be used again: a process that does not end may still write into it
         with contextlib.suppress(BufferError):  # somebody still looks at a view of it; it goes with the last
             self.page.close()
 

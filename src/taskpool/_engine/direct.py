@@ -232,6 +232,7 @@ class Direct:
                 frame is not None
                 and frame.unit == unit.id
                 and frame.kind in (wire.VALUES, wire.RAISED)
+                and not frame.body.places
                 and unit.receive_alone(frame)
             ):
                 worker.turn += 1  # until it is idle again it counts as lost if this thread does not come back

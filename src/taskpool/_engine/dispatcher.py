@@ -29,6 +29,7 @@ from taskpool._engine.feeder import Feeder
 from taskpool._engine.handle import SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import Host
 from taskpool._engine.loop import Loop
+from taskpool._engine.memory import Blocks
 from taskpool._engine.receiver import Receiver
 from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
@@ -56,6 +57,7 @@ class Dispatcher:
         self._settings = settings
         self._host = host
         self._loop = Loop(self._refuse_posted)
+        self.blocks = Blocks(self._loop.look_by)
         self._crew = Crew(self, self._loop, host, settings, self.counts)
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._logs = CallbackThread(f"{settings.name}-logs", "a worker's log record could not be handled")
@@ -67,6 +69,7 @@ class Dispatcher:
             counts=self.counts,
             callbacks=self.callbacks,
             logs=self._logs,
+            blocks=self.blocks,
         )
         self._retries = self._receiver.retries
         self._deadlines = Deadlines(self, self._loop, self._crew, settings.idle_timeout)
@@ -223,6 +226,7 @@ class Dispatcher:
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
+            self.blocks.trim()
         if self._feeder.can_feed:
             self._feeder.feed()
         if self._phase != OPEN and not self._has_work():
@@ -319,6 +323,7 @@ class Dispatcher:
             lambda: self._logs.close(END_TIME),
             self._receiver.end,
             self._loop.close,
+            self.blocks.close,
             lambda: self.callbacks.close(0),
         ):
             with contextlib.suppress(Exception):  # whatever fails, nobody waits for ever

@@ -54,7 +54,7 @@ def _file_with(data: memoryview) -> int:
     import weakref
     from multiprocessing.context import get_spawning_popen
 
-    from taskpool._engine.channel import memory_file
+    from taskpool._engine.descriptors import memory_file
 
     fd = memory_file()
     close = weakref.finalize(get_spawning_popen(), os.close, fd)

@@ -76,7 +76,7 @@ class WorkerHandle:
         self.stop: Stop | None = None
         self.since = now  # when it began to do what it does now: start, wait for a task, end
         self.late_with = 0  # the id of the unit for which it got its time to begin a second time
-        self.received = 0  # bytes from it when a deadline was last looked at
+        self.received = 0  # how far it was when a deadline was last looked at
         self.progressed = -math.inf  # when a look last found more of them
         self.served = 0
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
@@ -179,8 +179,9 @@ class WorkerHandle:
 
     def note_progress(self, now: float) -> None:
         """Note whether bytes have come since the last look."""
-        if self.received != self.channel.received:
-            self.received = self.channel.received
+        received = self.channel.progress()
+        if self.received != received:
+            self.received = received
             self.progressed = now
 
     def write_interrupt(self, stop: Stop) -> None:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from taskpool._engine import entry, stop
 from taskpool._engine import template as tpl
-from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children, no_forks
+from taskpool._engine.channel import WorkerEnd
+from taskpool._engine.descriptors import close_kept, keep_from_children, no_forks
 from taskpool._engine.launches import Launches
 from taskpool.errors import WorkerCrashedError
 

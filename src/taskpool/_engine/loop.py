@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from taskpool._engine.channel import close_kept, keep_from_children
+from taskpool._engine.descriptors import close_kept, keep_from_children
 
 now = time.monotonic
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from taskpool import logs as worker_logs
@@ -12,16 +13,17 @@ from taskpool._engine.crew import Counts, Crew, Settings
 from taskpool._engine.feeder import Feeder
 from taskpool._engine.handle import SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
+from taskpool._engine.memory import LARGE, Blocks
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
 from taskpool._engine.units import Piece, Range, Unit, settled_by
-from taskpool._engine.wire import BadFrameError, Frame
+from taskpool._engine.wire import BadFrameError, Frame, Pickled
 from taskpool._map import Settled
 from taskpool._task import RawOutcome
 from taskpool.events import How
 
 RESULTS = frozenset({wire.VALUES, wire.EACH})
-FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED}
+FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED, wire.UNOPENED}
 
 now = time.monotonic
 
@@ -37,6 +39,7 @@ class Receiver:
         counts: Where it is noted how tasks ended.
         callbacks: The thread for what may run user code.
         logs: The thread for log handlers.
+        blocks: Where large results lie.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Receiver:
         counts: Counts,
         callbacks: CallbackThread,
         logs: CallbackThread,
+        blocks: Blocks,
     ) -> None:
         self.singling: set[Range] = set()  # those whose items are being pickled again, singly
         self.retries: Retries = Retries(loop, feeder, callbacks, counts, settings)
@@ -60,6 +64,7 @@ class Receiver:
         self._counts = counts
         self._callbacks = callbacks
         self._logs = logs
+        self._blocks = blocks
 
     # What workers write
 
@@ -87,7 +92,7 @@ class Receiver:
 
     def _on_frame(self, worker: WorkerHandle, frame: Frame) -> None:
         if frame.kind in FINISHING:
-            self._on_outcome(worker, frame)
+            self._on_outcome(worker, self._fetched(worker, frame))
         elif frame.kind == wire.LOG:
             task = self._name_of(worker, frame.unit)
             self._logs.run(lambda: worker_logs.handle(wire.loads(frame.body), task))
@@ -103,6 +108,17 @@ class Receiver:
         elif frame.kind == wire.GOODBYE:
             self._crew.expect_end(worker)
 
+    def _fetched(self, worker: WorkerHandle, frame: Frame) -> Frame:
+        """Return the frame with what lies in memory; and where results are large see that the next one can lie there."""
+        if frame.body.places:
+            parts = worker.channel.claim(frame.body.places, self._blocks.give_back)
+            frame = frame._replace(body=Pickled(frame.body.stream or parts.pop(0), parts))
+        size = frame.body.size
+        if size >= LARGE and self._blocks.are_usable and worker.channel.lent is None:
+            with contextlib.suppress(OSError):  # no room, or no descriptor left
+                worker.channel.lend(self._blocks.take(size))
+        return frame
+
     def _name_of(self, worker: WorkerHandle, unit_id: int) -> str:
         return next((unit.name for unit in worker.inflight if unit.id == unit_id), "")
 
@@ -117,7 +133,8 @@ class Receiver:
             return  # of a unit that was given up
         if frame.kind == wire.INTERRUPTED:
             self._on_interrupted(worker, unit, frame)
-        elif frame.kind == wire.HALTED:
+        elif frame.kind in (wire.HALTED, wire.UNOPENED):
+            self._blocks.are_usable &= frame.kind == wire.HALTED
             worker.inflight.popleft()
             self._feeder.requeue(unit)
             self.next_task(worker)

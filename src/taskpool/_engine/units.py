@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool._current import name_of
-from taskpool._engine import exceptions, wire
-from taskpool._engine.channel import PACKET
+from taskpool._engine import exceptions, payloads, wire
+from taskpool._engine.memory import Blocks
 from taskpool._engine.outcomes import (
     EncodedError,
     EncodedNotSendableError,
@@ -16,6 +16,7 @@ from taskpool._engine.outcomes import (
     EncodedValue,
     EncodedValues,
 )
+from taskpool._engine.payloads import Payload
 from taskpool._engine.wire import Bytes, Frame, Pickled
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
@@ -50,13 +51,12 @@ class Call:
 
     tasks = 1
 
-    def __init__(self, future: TaskFuture[Any], payload: Pickled, options: TaskOptions) -> None:
+    def __init__(self, future: TaskFuture[Any], payload: Pickled | Payload, options: TaskOptions) -> None:
         self.id = next(_ids)
         self.future = future
         self.options = options
-        is_small = _is_small(payload)
-        self._small = payload.stream if is_small else b""
-        self._large = None if is_small else payload
+        self._small: Bytes = payload.stream if isinstance(payload, Pickled) else b""
+        self._large: Payload | None = None if isinstance(payload, Pickled) else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
 
@@ -75,11 +75,14 @@ class Call:
         """Higher leaves the queue first."""
         return self.options.priority
 
+    def _body(self) -> Pickled:
+        return Pickled(self._small) if self._large is None else self._large.pickled()
+
     def _head(self) -> bytes:
         return wire.frame_head(
             wire.CALL,
             self.id,
-            self._large or Pickled(self._small),
+            self._body(),
             index=self.future.order,
             count=1,
             seconds=self.options.task_timeout or 0.0,
@@ -88,15 +91,15 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return [self._head(), *(self._large.pieces() if self._large is not None else [self._small])]
+        return [self._head(), *self._body().pieces()]
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""
-        return self._head() + self._small
+        return self._head() + self._small if self._large is None else b"".join(self.frame())
 
     def is_small(self) -> bool:
         """Whether it may be sent along with others: its frame fits into one packet."""
-        return self._large is None and not self.fresh
+        return (self._large is None or self._large.is_small) and not self.fresh
 
     def claim(self) -> bool:
         """Take it off the queue for a worker; False if it was cancelled."""
@@ -174,11 +177,12 @@ class Call:
 class Piece:
     """Neighbouring items of a map, pickled together. Ranges of it go to workers until nothing is left to do."""
 
-    def __init__(self, job: MapJob, first: int, items: Sequence[Any], payload: Pickled) -> None:
+    def __init__(self, job: MapJob, first: int, items: Sequence[Any], payload: Payload, blocks: Blocks) -> None:
         self.order = next(_ids)
         self.job = job
         self.first = first
         self.payload = payload
+        self._blocks = blocks  # where the payload of what must be sent singly goes
         self.items = items  # kept in case that they must be sent singly
         self.todo = [(0, len(items))]
         self.attempts: Attempts | None = None  # of a single item that has failed and is tried again
@@ -225,7 +229,7 @@ class Piece:
 
     def is_small(self) -> bool:
         """Whether a range of it may be sent along with others: it fits into one packet."""
-        return _is_small(self.payload) and not self.fresh
+        return self.payload.is_small and not self.fresh
 
     def is_cancelled(self) -> bool:
         """Whether there is no point in running what is left of it."""
@@ -249,7 +253,7 @@ class Piece:
         for index in range(start, stop):
             number = self.first + index
             try:
-                piece = make_piece(self.job, number, self.items[index : index + 1])
+                piece = make_piece(self.job, number, self.items[index : index + 1], self._blocks)
             except BaseException as error:
                 failure = Failure(_explain(f"item {number}", self.items[index], error))
                 self.job.settle(Settled(number, 1, failure, attempts=0))
@@ -278,16 +282,17 @@ class Range:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
+        body = self.piece.payload.pickled()
         head = wire.frame_head(
             wire.RANGE,
             self.id,
-            self.piece.payload,
+            body,
             index=self.next,
             count=self.stop - self.next,
             seconds=self.options.task_timeout or 0.0,
             attempt=self.attempt,
         )
-        return [head, *self.piece.payload.pieces()]
+        return [head, *body.pieces()]
 
     def packet(self) -> bytes:
         """Return the frame as one piece."""
@@ -387,44 +392,50 @@ Unit = Call | Range
 Source = Call | Piece
 
 
-def make_call(future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions) -> Call | None:
+def make_call(
+    future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions, *, blocks: Blocks
+) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
-        payload = wire.frozen(wire.dumps_call(fn, args, kwargs, options.name))
+        pickled = wire.dumps_call(fn, args, kwargs, options.name)
     except Exception as cause:
         # What cannot be pickled is looked for by pickling each part again.
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
         parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
         future.finish(Failure(_not_sendable(parts, cause)))
         return None
-    return Call(future, payload, options)
+    return Call(future, pickled if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
 
 
-def make_piece(job: MapJob, first: int, items: Sequence[Any]) -> Piece | None:
+def make_piece(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
+    pickled = _dump_items(job, first, items)
+    return None if pickled is None else Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
+
+
+def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> Pickled | None:
     try:
-        payload = wire.frozen(wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first))
+        return wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first)
     except Exception as cause:
         if len(items) > 1:
             raise
         error = _not_sendable([("the function", job.fn), (f"item {first}", items[0])], cause)
         job.settle(Settled(first, 1, Failure(error), attempts=0))
         return None
-    return Piece(job, first, items, payload)
 
 
-def make_pieces(job: MapJob, first: int, items: Sequence[Any]) -> list[Piece]:
+def make_pieces(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> list[Piece]:
     """Pickle items of a map: together, or in halves where they are too large together or one of them fails."""
     try:
-        piece = make_piece(job, first, items)
+        pickled = _dump_items(job, first, items)
     except Exception:
-        piece = None
-    if piece is not None and (len(items) == 1 or piece.payload.size <= LARGEST_PAYLOAD):
-        return [piece]
+        pickled = None
+    if pickled is not None and (len(items) == 1 or pickled.size <= LARGEST_PAYLOAD):
+        return [Piece(job, first, items, payloads.keep(pickled, blocks), blocks)]
     if len(items) == 1:
         return []
     half = len(items) // 2
-    return make_pieces(job, first, items[:half]) + make_pieces(job, first + half, items[half:])
+    return make_pieces(job, first, items[:half], blocks) + make_pieces(job, first + half, items[half:], blocks)
 
 
 LARGEST_PAYLOAD = 256 * 1024  # of a piece of several items, in bytes
@@ -450,7 +461,3 @@ def _explain(part: str, value: object, cause: BaseException) -> NotSendableError
     error = NotSendableError(text)
     error.__cause__ = cause
     return error
-
-
-def _is_small(payload: Pickled) -> bool:
-    return not (payload.buffers or payload.rest) and len(payload.stream) <= PACKET - wire.FRAME.size - wire.SIZE.size

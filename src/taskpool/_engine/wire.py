@@ -4,6 +4,9 @@ A pickle is a `Pickled`: the pickle stream and its large buffers beside it (pick
 array is never copied into a stream. A frame is a header, the sizes of its parts, and the parts:
 
     header (FRAME) | size of each part, 8 bytes each | part 0: pickle stream | part 1 ... n: buffers
+    header (FRAME) | two sizes                       | part 0: pickle stream | part 1: places in shared memory
+
+In the second form the buffers lie where the places say; the stream itself does so if part 0 is empty (`memory.py`).
 
 Each frame carries the id of its unit of work; what belongs to an id that is no longer wanted is dropped.
 """
@@ -18,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
-from taskpool._engine import functions
+from taskpool._engine import functions, memory
 
 Bytes = bytes | bytearray | memoryview
 
@@ -28,8 +31,8 @@ SHORT = 16  # items of a container that are looked at one by one
 MAIN = b"_main__"  # the end of `__main__` and of `__mp_main__`, as multiprocessing calls it
 MAX_PART = 1 << 42  # no real part is larger; a header that says so is garbage
 
-# kind, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
-FRAME = struct.Struct("<BxHIQQQdd")
+# kind, whether part 1 holds places, number of parts, attempt, unit id, item index, item count, start (monotonic), seconds
+FRAME = struct.Struct("<BBHIQQQdd")
 SIZE = struct.Struct("<Q")
 ONE_PART = struct.Struct(FRAME.format + "Q")  # the header of a frame with one part, as most are, and that part's size
 
@@ -38,10 +41,11 @@ SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
 # Worker to parent.
 HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
 VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE = range(24, 29)  # outcomes; EACH has a pickle for each of its values
+UNOPENED = 29  # nothing has run: the shared memory in which the task lies cannot be opened there
 _FLAT = frozenset({bytes, bytearray, str})
 _PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 PARENT_TO_WORKER = frozenset({SETUP, CALL, RANGE, SENTINEL})
-WORKER_TO_PARENT = frozenset(range(HELLO, UNREADABLE + 1))
+WORKER_TO_PARENT = frozenset(range(HELLO, UNOPENED + 1))
 
 
 class Pickled(NamedTuple):
@@ -51,11 +55,13 @@ class Pickled(NamedTuple):
         stream: The pickle stream, or its beginning.
         buffers: The large buffers that travel beside it.
         rest: What follows of the stream, if there are large `bytes` in it: they are sent from where they lie.
+        places: Where the buffers lie in shared memory, and the stream if that is empty here; they are not here then.
     """
 
     stream: Bytes
     buffers: Sequence[Bytes] = ()
     rest: Sequence[Bytes] = ()
+    places: Bytes = b""
 
     @property
     def size(self) -> int:
@@ -69,7 +75,11 @@ class Pickled(NamedTuple):
 
     def pieces(self) -> list[Bytes]:
         """Return what is to be written, in order."""
-        return [self.stream, *self.rest, *self.buffers]
+        return [self.stream, self.places] if self.places else [self.stream, *self.rest, *self.buffers]
+
+    def parts(self) -> list[Sequence[Bytes]]:
+        """Return the stream and each buffer, each as its pieces."""
+        return [[self.stream, *self.rest], *([buffer] for buffer in self.buffers)]
 
     def joined(self) -> Bytes:
         """Return the whole stream."""
@@ -163,8 +173,16 @@ def dumps_call(fn: object, *rest: object) -> Pickled:
 
 
 def loads(pickled: Pickled) -> Any:
-    """Return the object; user code runs here and may raise anything."""
-    return pickle.loads(pickled.joined(), buffers=pickled.buffers)
+    """Return the object; user code runs here and may raise anything.
+
+    Raises:
+        BlockError: If it lies in shared memory that cannot be opened here.
+    """
+    if not pickled.places:
+        return pickle.loads(pickled.joined(), buffers=pickled.buffers)
+    parts = memory.mappings.open(pickled.places)
+    stream = pickled.stream or parts.pop(0)
+    return pickle.loads(stream, buffers=parts)
 
 
 class LoadingError(Exception):
@@ -346,17 +364,17 @@ def frame_head(
 ) -> bytes:
     """Return header and sizes of a frame whose parts are those of `body`."""
     if body is None:
-        return FRAME.pack(kind, 0, attempt, unit, index, count, started, seconds)
-    if not body.buffers:
-        return ONE_PART.pack(kind, 1, attempt, unit, index, count, started, seconds, body.length)
-    sizes = [body.length, *map(len, body.buffers)]
-    head = FRAME.pack(kind, len(sizes), attempt, unit, index, count, started, seconds)
+        return FRAME.pack(kind, 0, 0, attempt, unit, index, count, started, seconds)
+    if not (body.buffers or body.places):
+        return ONE_PART.pack(kind, 0, 1, attempt, unit, index, count, started, seconds, body.length)
+    sizes = [body.length, *map(len, (body.places,) if body.places else body.buffers)]
+    head = FRAME.pack(kind, 1 if body.places else 0, len(sizes), attempt, unit, index, count, started, seconds)
     return head + struct.pack(f"<{len(sizes)}Q", *sizes)
 
 
 def unit_of(frame: bytes) -> int:
     """Return the id of the unit that a whole frame is about."""
-    return FRAME.unpack_from(frame)[3]  # type: ignore[no-any-return]
+    return FRAME.unpack_from(frame)[4]  # type: ignore[no-any-return]
 
 
 def parse_head(
@@ -373,7 +391,7 @@ def parse_head(
     fields = FRAME.unpack_from(data, position)
     if fields[0] not in kinds:
         raise BadFrameError(f"unknown frame kind {fields[0]}")
-    parts = fields[1]
+    parts = fields[2]
     end = begin + SIZE.size * parts
     if len(data) < end:
         return None
@@ -385,8 +403,11 @@ def parse_head(
 
 def make_frame(fields: tuple[Any, ...], sizes: tuple[int, ...], parts: Bytes) -> Frame:
     """Return the frame whose parts lie in `parts`, one behind the other; nothing is copied."""
-    kind, _, attempt, unit, index, count, started, seconds = fields
-    return Frame(kind, attempt, unit, index, count, started, seconds, _cut(sizes, parts))
+    kind, has_places, _, attempt, unit, index, count, started, seconds = fields
+    body = _cut(sizes, parts)
+    if has_places:
+        body = Pickled(body.stream, places=body.buffers[0])
+    return Frame(kind, attempt, unit, index, count, started, seconds, body)
 
 
 def parse_frame(data: bytes, kinds: frozenset[int], position: int = 0) -> tuple[Frame, int] | None:
@@ -397,7 +418,7 @@ def parse_frame(data: bytes, kinds: frozenset[int], position: int = 0) -> tuple[
     """
     begin = position + ONE_PART.size
     if len(data) >= begin:
-        kind, parts, attempt, unit, index, count, started, seconds, size = ONE_PART.unpack_from(data, position)
+        kind, _, parts, attempt, unit, index, count, started, seconds, size = ONE_PART.unpack_from(data, position)
         end = begin + size
         if parts == 1 and end <= len(data) and kind in kinds:
             return Frame(kind, attempt, unit, index, count, started, seconds, Pickled(data[begin:end])), end

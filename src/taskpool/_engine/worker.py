@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from taskpool import _current, _nesting
-from taskpool._engine import exceptions, namespace, stop, wire
+from taskpool._engine import exceptions, memory, namespace, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
     BETWEEN,
@@ -28,8 +28,10 @@ from taskpool._engine.channel import (
     PHASE,
     RUNNING,
     STARTED,
+    TURN,
     UNIT,
     WRITING,
+    WRITTEN,
     WorkerChannel,
     WorkerEnd,
 )
@@ -118,6 +120,7 @@ class Worker:
         self._handler = self.interrupts.handle  # one object, so that "is it still installed?" can be asked
         self._words = channel.page.words
         self._times = channel.page.times
+        self._lent = memory.Lent(self._words, TURN, WRITTEN)
         self._finished = False
         self._frame: Frame | None = None  # of the unit that runs
         self._task = "", "", 0  # the name of its task, the beginning of its id, and the number of its first item
@@ -211,8 +214,19 @@ class Worker:
     # One call
 
     def _run_call(self, frame: Frame) -> None:
-        kind, body, seconds = wire.UNREADABLE, None, 0.0
         started = self._begin(frame.unit)
+        kind, body, seconds = self._call(frame, started)
+        seconds = seconds or now() - started
+        if self.interrupts.stack is not None:  # also if the task swallowed it and went on to an end of its own
+            kind, body = self._interrupted()
+        if body is not None:
+            body = self._moved(body)
+        self._report(kind, frame, body, started=started, seconds=seconds)
+        self._end()
+
+    def _call(self, frame: Frame, started: float) -> tuple[int, Pickled | None, float]:
+        """Return how the call ended; its arguments are gone with this function's own frame."""
+        kind, body, seconds = wire.UNREADABLE, None, 0.0
         try:
             try:
                 self.interrupts.arm(frame.unit)
@@ -226,15 +240,11 @@ class Worker:
                 del fn, args, kwargs
                 body = wire.dumps(value)
                 kind = wire.VALUES
-                del value
             finally:
                 self.interrupts.armed = 0
         except BaseException as error:
-            body = exceptions.encode(error, frames_of_ours=1)
-        if self.interrupts.stack is not None:  # also if the task swallowed it and went on to an end of its own
-            kind, body = self._interrupted()
-        self._report(kind, frame, body, started=started, seconds=seconds or now() - started)
-        self._end()
+            kind, body = _failed(kind, error)
+        return kind, body, seconds
 
     def _begin(self, unit: int) -> float:
         started = now()
@@ -267,9 +277,23 @@ class Worker:
         seconds: float = 0.0,
     ) -> None:
         self._words[PHASE] = WRITING
+        if memory.mappings and (frame.kind != wire.RANGE or index + count >= frame.item + frame.items or not count):
+            memory.mappings.part()  # the parent may use its blocks for something else as soon as it has this outcome
         _flush()
         head = wire.frame_head(kind, frame.unit, body, index=index, count=count, started=started, seconds=seconds)
         self.channel.send(head, body)
+
+    def _moved(self, body: Pickled) -> Pickled:
+        """Return an outcome that no longer depends on what the task has in memory; a large one lies in the parent's."""
+        if not (memory.mappings or body.buffers or body.rest or len(body.stream) >= memory.LARGE):
+            return body
+        self._words[PHASE] = WRITING
+        if body.size >= memory.LARGE and len(body.buffers) < memory.MOST_PARTS:
+            stream = body.stream if body.length < memory.LARGE else b""
+            places = self._lent.store(body.parts()[bool(stream) :])
+            if places is not None:
+                return Pickled(stream, places=places)
+        return wire.frozen(body) if memory.mappings else body
 
     # A range of the items of a map
 
@@ -288,7 +312,7 @@ class Worker:
                 raise TaskInterrupt  # the loading swallowed the first
         except BaseException as error:
             # Whatever it was, nothing of the range has run. The parent sends several items again, each by itself.
-            kind, body = wire.UNREADABLE, exceptions.encode(error, frames_of_ours=1)
+            kind, body = _failed(wire.UNREADABLE, error)
             if self.interrupts.stack is not None:
                 interrupted = self._interrupted()
                 kind, body = interrupted if frame.items == 1 else (kind, body)
@@ -297,6 +321,7 @@ class Worker:
             while run.index < run.end and not self.interrupts.came:
                 run.run_until_something_happens()
             if self.interrupts.came and not self._finished:
+                run.drop_items()
                 self.interrupts.came = False
                 self._report(wire.HALTED, frame, index=run.index, count=0)
         self._end()
@@ -329,6 +354,7 @@ class RangeRun:
         """Run items to the end of the range, or to the first that raises or is interrupted, and report that one."""
         worker, interrupts = self.worker, self.worker.interrupts
         self.group_started = now()
+        outcome = None
         try:
             try:
                 interrupts.arm(self.frame.unit)
@@ -343,10 +369,13 @@ class RangeRun:
                 outcome = worker._interrupted()
             else:
                 outcome = wire.RAISED, exceptions.encode(error, frames_of_ours=3)
-            self.flush()
+        self.flush()
+        if outcome is not None:
             self._report_one(*outcome)
-        else:
-            self.flush()
+
+    def drop_items(self) -> None:
+        """Let go of the items, and of the memory in which they lie: none will run any more."""
+        self._items = ()
 
     def _run_some(self) -> None:
         # A look at the clock behind each item, so that no outcome waits for a slow neighbour: items run until their time
@@ -414,8 +443,12 @@ class RangeRun:
         except BaseException:
             self._write_singly()
         else:
-            started = self.group_started
-            report(kind, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
+            started, count = self.group_started, len(values)
+            values.clear()
+            if self.index >= self.end:
+                self.drop_items()
+            body = self.worker._moved(body)
+            report(kind, self.frame, body, index=first, count=count, started=started, seconds=seconds)
 
     def _dump_each(self) -> tuple[int, Pickled]:
         """Pickle each value by itself: one whose pickling kills or hangs this process is to blame, and it alone."""
@@ -436,14 +469,24 @@ class RangeRun:
                 kind, body = wire.VALUES, self._dump_one(index, value)
             except BaseException as error:
                 kind, body = wire.UNSENDABLE, exceptions.encode(error, frames_of_ours=1)
+            body = self.worker._moved(body)
             self.worker._report(kind, self.frame, body, index=index, started=self.group_started)
 
     def _report_one(self, kind: int, body: Pickled) -> None:
         seconds = now() - self.group_started
+        if self.index + 1 >= self.end:
+            self.drop_items()
         self.worker._report(kind, self.frame, body, index=self.index, started=self.group_started, seconds=seconds)
         self.worker._words[PHASE] = RUNNING
         self.index += 1
         self.first = self.index
+
+
+def _failed(kind: int, error: BaseException) -> tuple[int, Pickled | None]:
+    """Return the outcome of a task that ended with an error in a phase in which that is of this kind."""
+    if kind == wire.UNREADABLE and isinstance(error, memory.BlockError):
+        return wire.UNOPENED, None
+    return kind, exceptions.encode(error, frames_of_ours=1)
 
 
 def _flush() -> None:

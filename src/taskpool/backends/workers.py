@@ -58,7 +58,7 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
-        call = make_call(future, fn, args, kwargs, options)
+        call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
         try:
@@ -74,7 +74,7 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
-        dispatcher.submit_pieces(make_pieces(job, first, items))
+        dispatcher.submit_pieces(make_pieces(job, first, items, dispatcher.blocks))
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop or stop what is left of a map. In a forked child there is nothing to do, and nobody to tell."""
