@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from taskpool._outcome import Outcome as Outcome
     from taskpool._retry import RetryPolicy as RetryPolicy
     from taskpool._retry import retry as retry
+    from taskpool._share import Shared as Shared
+    from taskpool._share import share as share
     from taskpool._task import TaskFuture as TaskFuture
     from taskpool.backends.base import Capabilities as Capabilities
     from taskpool.backends.base import Stats as Stats
@@ -54,6 +56,8 @@ _HOMES = {
     "Outcome": "taskpool._outcome",
     "retry": "taskpool._retry",
     "RetryPolicy": "taskpool._retry",
+    "share": "taskpool._share",
+    "Shared": "taskpool._share",
     "current_task": "taskpool._current",
     "CurrentTask": "taskpool._current",
     "TaskFuture": "taskpool._task",
@@ -86,6 +90,7 @@ __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "imap_unordered",
     "outcomes",
     "retry",
+    "share",
     "current_task",
     "Executor",
     "View",
@@ -93,6 +98,7 @@ __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "Outcome",
     "MapOptions",
     "RetryPolicy",
+    "Shared",
     "CurrentTask",
     "TaskGroup",
     "Stats",

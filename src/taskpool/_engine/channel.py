@@ -156,6 +156,7 @@ class Channel:
         self.has_life = True  # whether the life pipe's writing end is open
         self._reader = wire.FrameReader()
         self._sending: list[memoryview] = []
+        self.unsaid: deque[bytes] = deque()  # words beside the tasks that could not be sent yet
         self._fetched: deque[bytes] = deque()  # read, and not looked at yet
         self.lent: memory.Block | None = None  # for the worker's next large result
         self.received = 0
@@ -186,6 +187,17 @@ class Channel:
             return 0
         whole = PACKET * (len(packets) - 1)
         return len(packets) if sent > whole else sent // PACKET
+
+    def say(self, packet: bytes) -> None:
+        """Send a word beside the tasks, or keep it until the worker has nothing else."""
+        if self._sending or not self.send_packet(packet):
+            self.unsaid.append(packet)
+
+    def say_rest(self) -> None:
+        """Send what was kept: the worker has nothing else, so there is room."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self.send_packet(self.unsaid.popleft())
 
     def begin_large(self, parts: list[Bytes]) -> None:
         """Begin to send a frame of any size; `continue_large` sends what the pipe does not take at once."""
@@ -223,7 +235,9 @@ class Channel:
         if self.unread is not None:
             with contextlib.suppress(BlockingIOError):
                 while packet := os.read(self.unread, PACKET):
-                    if len(packet) >= wire.FRAME.size:
+                    if packet[0] == wire.FORGET:
+                        self.unsaid.append(packet)
+                    elif len(packet) >= wire.FRAME.size:
                         ids.add(wire.unit_of(packet))
         return ids
 

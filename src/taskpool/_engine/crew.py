@@ -217,6 +217,12 @@ class Crew:
         are_others = any(worker.state in (STARTING, SERVING) for worker in self.workers)
         self._starts.failed(reason, count=count, are_others=are_others)
 
+    def say_to_all(self, packet: bytes) -> None:
+        """Send every worker that serves a word beside its tasks."""
+        for worker in list(self.workers):
+            if worker.state == SERVING:
+                worker.channel.say(packet)
+
     # Wait for work
 
     def make_idle(self, worker: WorkerHandle) -> None:
@@ -227,6 +233,8 @@ class Crew:
             return
         worker.since = now()
         worker.turn += 1
+        if worker.channel.unsaid:
+            worker.channel.say_rest()
         self.idle.append(worker)
         if worker.state != SERVING:  # by a thread that was held up for long; a burial sets this, then looks there
             self.remove_from_idle(worker)

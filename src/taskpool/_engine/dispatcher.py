@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from taskpool._engine import wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.crew import END_TIME, Counts, Crew, Settings
 from taskpool._engine.deadlines import Deadlines
@@ -153,6 +154,10 @@ class Dispatcher:
     def cancelled(self) -> None:
         """A call was cancelled while it waited, perhaps for its next attempt. Never blocks."""
         self._feeder.cancelled()
+
+    def forget(self, key: bytes) -> None:
+        """Have the workers drop a shared value. Never blocks."""
+        self._loop.post(self._crew.say_to_all, wire.frame_head(wire.FORGET, 0, wire.Pickled(key)) + key)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a worker has this future's task in hand right now."""

@@ -55,6 +55,11 @@ class Place(NamedTuple):
     size: int
 
 
+def can_share() -> bool:
+    """Whether other processes can open this one's files."""
+    return os.path.exists("/proc/self/fd")
+
+
 def pack(places: Sequence[Place], owner: int | None = None) -> bytes:
     """Return places as they stand in a frame, behind the process id of the owner of the files."""
     return OWNER.pack(owner or os.getpid()) + b"".join(PLACE.pack(*place) for place in places)
@@ -101,16 +106,16 @@ class Block:
 
     def __init__(self, capacity: int) -> None:
         with no_forks():
-            self.fd = memory_file()
+            self.fd: int = memory_file()
             keep_from_children({self.fd})
         try:
             os.ftruncate(self.fd, capacity)
-            self.inode = os.fstat(self.fd).st_ino
+            self.inode: int = os.fstat(self.fd).st_ino
         except BaseException:
             self.close()
             raise
-        self.capacity = capacity
-        self.returned = 0.0  # since when it is free (monotonic)
+        self.capacity: int = capacity
+        self.returned: float = 0.0  # since when it is free (monotonic)
         self._map: mmap.mmap | None = None
 
     def write(self, parts: Sequence[Part], offsets: Sequence[int]) -> None:
@@ -118,6 +123,10 @@ class Block:
         # Not through a mapping: that is quicker only once each page has been touched through it.
         for piece, offset in placed(parts, offsets):
             write_at(self.fd, piece, offset)
+
+    def places(self, parts: Sequence[Part], offsets: Sequence[int]) -> list[Place]:
+        """Say where parts lie."""
+        return [Place(self.fd, self.inode, at, size_of(part)) for at, part in zip(offsets, parts, strict=True)]
 
     def view(self, size: int) -> memoryview:
         """Return the first bytes."""
@@ -172,7 +181,7 @@ class Blocks:
     """
 
     def __init__(self, look_by: Callable[[float], None]) -> None:
-        self.are_usable = os.path.exists("/proc/self/fd")  # until a worker says that it cannot open one
+        self.are_usable = can_share()  # until a worker says that it cannot open one
         self._look_by = look_by
         self._free: dict[int, deque[Block]] = {}  # by capacity
         self._recent: deque[weakref.ref[Lease]] = deque(maxlen=4)  # large parts that may come again
@@ -366,6 +375,31 @@ class Lent:
         self._words[self._written] += size
 
 
+def open_parts(data: Bytes, prot: int = mmap.PROT_READ) -> tuple[list[mmap.mmap], list[memoryview]]:
+    """Map the parts whose places are packed in `data`, for this process alone; return the mappings and the parts.
+
+    Raises:
+        BlockError: If they cannot be opened.
+    """
+    owner, places = unpack(data)
+    maps: dict[int, mmap.mmap] = {}
+    for place in places:
+        if place.inode not in maps:
+            size = max(other.offset + other.size for other in places if other.inode == place.inode)
+            maps[place.inode] = _map(owner, place, size, prot)
+    views = {inode: memoryview(mapped) for inode, mapped in maps.items()}
+    parts = [views[place.inode][place.offset : place.offset + place.size] for place in places]
+    return list(maps.values()), parts
+
+
+def _map(owner: int, place: Place, size: int, prot: int) -> mmap.mmap:
+    fd = open_file(owner, place.fd, place.inode, os.O_RDONLY)
+    try:
+        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=prot)
+    finally:
+        os.close(fd)
+
+
 class Mappings:
     """What a worker has mapped of the parent's blocks, for the task that it runs."""
 
@@ -381,22 +415,9 @@ class Mappings:
         Raises:
             BlockError: If they cannot be opened.
         """
-        owner, places = unpack(data)
-        maps: dict[int, memoryview] = {}
-        for place in places:
-            if place.inode not in maps:
-                size = max(other.offset + other.size for other in places if other.inode == place.inode)
-                maps[place.inode] = self._map(owner, place, size)
-        return [maps[place.inode][place.offset : place.offset + place.size] for place in places]
-
-    def _map(self, owner: int, place: Place, size: int) -> memoryview:
-        fd = open_file(owner, place.fd, place.inode, os.O_RDONLY)
-        try:
-            mapped = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        finally:
-            os.close(fd)
-        self._maps.append(mapped)
-        return memoryview(mapped)
+        maps, parts = open_parts(data, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._maps += maps
+        return parts
 
     def part(self) -> None:
         """Have no page in common with the parent any more: unmap what nobody uses, copy what the task has kept."""

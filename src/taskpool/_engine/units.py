@@ -47,7 +47,7 @@ class Call:
     """One call of a function, its own unit of work. Each attempt has an id: a late word of an earlier one means nothing."""
 
     # Thousands of these may wait, so each has few fields, and none that the garbage collector would have to visit in vain.
-    __slots__ = ("_large", "_small", "attempts", "fresh", "future", "id", "options")
+    __slots__ = ("_large", "_small", "attempts", "fresh", "future", "id", "keeps", "options")
 
     tasks = 1
 
@@ -59,6 +59,7 @@ class Call:
         self._large: Payload | None = None if isinstance(payload, Pickled) else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
+        self.keeps: Sequence[object] = ()  # what must live as long as it waits or runs
 
     @property
     def name(self) -> str:

@@ -37,14 +37,14 @@ SIZE = struct.Struct("<Q")
 ONE_PART = struct.Struct(FRAME.format + "Q")  # the header of a frame with one part, as most are, and that part's size
 
 # Parent to worker.
-SETUP, CALL, RANGE, SENTINEL = 1, 2, 3, 4
+SETUP, CALL, RANGE, SENTINEL, FORGET = range(1, 6)
 # Worker to parent.
 HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
 VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE = range(24, 29)  # outcomes; EACH has a pickle for each of its values
 UNOPENED = 29  # nothing has run: the shared memory in which the task lies cannot be opened there
 _FLAT = frozenset({bytes, bytearray, str})
 _PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
-PARENT_TO_WORKER = frozenset({SETUP, CALL, RANGE, SENTINEL})
+PARENT_TO_WORKER = frozenset(range(SETUP, FORGET + 1))
 WORKER_TO_PARENT = frozenset(range(HELLO, UNOPENED + 1))
 
 
@@ -183,6 +183,18 @@ def loads(pickled: Pickled) -> Any:
     parts = memory.mappings.open(pickled.places)
     stream = pickled.stream or parts.pop(0)
     return pickle.loads(stream, buffers=parts)
+
+
+def loads_shared(pickled: Pickled) -> Any:
+    """Return a shared object, whose buffers are read-only; user code runs here and may raise anything.
+
+    Raises:
+        BlockError: If it lies in shared memory that cannot be opened here.
+    """
+    if not pickled.places:
+        return pickle.loads(pickled.stream, buffers=pickled.buffers)
+    stream, *buffers = memory.open_parts(pickled.places)[1]
+    return pickle.loads(stream, buffers=buffers)
 
 
 class LoadingError(Exception):

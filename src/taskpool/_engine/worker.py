@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from taskpool import _current, _nesting
-from taskpool._engine import exceptions, memory, namespace, stop, wire
+from taskpool._engine import exceptions, memory, namespace, sharing, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
     BETWEEN,
@@ -139,6 +139,8 @@ class Worker:
                 self._set_up(frame)
             elif frame.kind == wire.CALL:
                 self._run_call(frame)
+            elif frame.kind == wire.FORGET:
+                sharing.on_forget(bytes(frame.body.stream))
             else:
                 self._run_range(frame)
             del frame  # nothing of a finished task is kept while the next is awaited

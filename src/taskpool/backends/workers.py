@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskpool import _nesting, logs
-from taskpool._engine import functions, hosts, stop, wire
+from taskpool._engine import functions, hosts, sharing, stop, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
 from taskpool._engine.units import make_call, make_pieces
@@ -49,6 +49,7 @@ class WorkersBackend(Backend):
             listeners=setup.listeners,
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue)
+        self._keeps = self._carried()  # of the initializer's arguments
 
     def submit(
         self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
@@ -61,6 +62,8 @@ class WorkersBackend(Backend):
         call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
+        if sharing.is_used:
+            call.keeps = self._carried()
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
@@ -74,7 +77,16 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
-        dispatcher.submit_pieces(make_pieces(job, first, items, dispatcher.blocks))
+        pieces = make_pieces(job, first, items, dispatcher.blocks)
+        self._carried()
+        dispatcher.submit_pieces(pieces)
+
+    def _carried(self) -> list[sharing.Handle]:
+        """Return the handles on shared values that were pickled just now; from now on they know that workers have them."""
+        handles = sharing.carried.take()
+        for handle in handles:
+            handle.sent_by(self._dispatcher)
+        return handles
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop or stop what is left of a map. In a forked child there is nothing to do, and nobody to tell."""
