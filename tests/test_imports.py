@@ -40,6 +40,7 @@ NAMES = {
     "QueueFullError",
     "RemoteError",
     "RetryPolicy",
+    "Shared",
     "Stats",
     "TaskFuture",
     "TaskGroup",
@@ -55,6 +56,7 @@ NAMES = {
     "map",
     "outcomes",
     "retry",
+    "share",
     "starmap",
 }
 

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from taskpool._engine import descriptors, memory, wire
+from taskpool._engine import descriptors, memory, spin, wire
 from taskpool._engine.descriptors import close_kept, keep_from_children, memory_file
 from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
 
@@ -44,6 +46,8 @@ READ = 64 * 1024  # bytes that are read at once between large frames
 _FILLING = memoryview(bytes(PACKET))
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _F_SETPIPE_SZ = 1031
+
+now = time.monotonic
 
 
 class Page:
@@ -392,6 +396,7 @@ class WorkerChannel:
 
     def __init__(self, end: WorkerEnd) -> None:
         self._tasks, self._results, self.life, self.page_fd = end.fds
+        self._waited = math.inf  # how long it took until the last task came
         self.page = Page(self.page_fd)
         self._lock = threading.RLock()
         self._waiting: deque[list[Bytes]] = deque()  # frames
@@ -403,7 +408,11 @@ class WorkerChannel:
         Raises:
             BadFrameError: If what arrived is not a frame.
         """
+        began = now()
+        if spin.AT_ONCE < self._waited < spin.LONGEST:
+            spin.until_readable(self._tasks)
         packet = os.read(self._tasks, PACKET)
+        self._waited = now() - began
         head = None
         while head is None:
             whole = wire.parse_frame(packet, wire.PARENT_TO_WORKER)

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from taskpool._engine import wire
+from taskpool._engine import spin, wire
 from taskpool._engine.crew import END_TIME, Crew
 from taskpool._engine.feeder import Feeder
 from taskpool._engine.handle import PICK_UP, SERVING, STUCK, WorkerHandle
@@ -156,7 +156,7 @@ class Direct:
         if not self._begin(worker, future):
             return
         try:
-            if _comes(worker.channel.results, WAIT if timeout is None else max(0.0, min(WAIT, timeout))):
+            if _comes(worker, WAIT if timeout is None else max(0.0, min(WAIT, timeout))):
                 self._take_if_alone(worker, future)
         finally:
             self._end(worker)
@@ -254,12 +254,16 @@ class Direct:
         return lock
 
 
-def _comes(fd: int, seconds: float) -> bool:
-    """Wait until there is something to read; not at a descriptor that has been closed."""
+def _comes(worker: WorkerHandle, seconds: float) -> bool:
+    """Wait until there is something to read from a worker; not from one whose channel has been closed."""
+    fd = worker.channel.results
+    if fd < 0:
+        return False
+    if worker.seconds < spin.LONGEST and spin.until_readable(fd, min(spin.LONGEST, seconds)):
+        return True
     poll = select.poll()
-    if fd >= 0:
-        poll.register(fd, select.POLLIN)
-    return fd >= 0 and bool(poll.poll(1000 * seconds))
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _wake(_: None) -> None:
