@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Self
 from taskpool import _nesting
 from taskpool._calls import Calls
 from taskpool._checks import check_callable, check_count, check_limit, check_name, check_seconds, default_workers
+from taskpool._listeners import Listeners
 from taskpool._options import TaskOptions
-from taskpool._results import MapResults
 from taskpool.backends import make_backend
-from taskpool.backends.base import Backend, Setup, Stats
-from taskpool.events import Listener, Listeners
+from taskpool.backends.base import Backend, Setup
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from taskpool._results import MapResults
     from taskpool._retry import Retry
+    from taskpool._stats import Stats
+    from taskpool.events import Listener
 
 EXIT_TIMEOUT = 60.0  # seconds that the end of the interpreter waits for accepted tasks, unless shutdown_timeout is set
 WORKER_EXIT_TIMEOUT = 0.5  # seconds that the end of a worker waits for the executors that its tasks have left open

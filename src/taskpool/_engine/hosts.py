@@ -17,9 +17,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, Final
 
 from taskpool._engine import entry, stop
@@ -29,6 +26,8 @@ from taskpool._engine.launches import Launches
 from taskpool.errors import WorkerCrashedError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
     from taskpool._engine.crew import Crew
     from taskpool._engine.handle import WorkerHandle
 
@@ -828,6 +827,8 @@ class _HostingPool:
     """One `multiprocessing.Pool` and the door through which its processes get their channels."""
 
     def __init__(self, context: BaseContext, size: int, luggage: entry.Luggage) -> None:
+        from multiprocessing.connection import Connection
+
         self._make = context.Pool
         self._size = size
         self._luggage = luggage
@@ -922,6 +923,8 @@ class _HostingPool:
 
 def make_context(mp_context: Any) -> BaseContext:
     """Return the multiprocessing context that a user named or passed."""
+    from multiprocessing import get_context
+
     context: BaseContext = get_context(mp_context) if mp_context is None or isinstance(mp_context, str) else mp_context
     if context.get_start_method() == "fork":
         # What every worker needs, once here instead of in each of them.

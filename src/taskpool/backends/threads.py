@@ -17,8 +17,9 @@ from taskpool._engine.threads import InterruptibleThread, undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
+from taskpool._stats import Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.base import Backend, Capabilities, Setup, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskpool import _nesting, logs
 from taskpool._engine import functions, hosts, stop, wire
@@ -15,8 +15,11 @@ from taskpool._engine.units import make_call, make_pieces
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.base import Backend, Capabilities, Setup, refuse
 from taskpool.errors import NestingError, NotSendableError, UnsupportedError
+
+if TYPE_CHECKING:
+    from taskpool._stats import Stats
 
 
 class WorkersBackend(Backend):
@@ -129,6 +132,8 @@ class WorkersBackend(Backend):
 
     def stats(self) -> Stats:
         """Count workers and tasks."""
+        from taskpool._stats import Stats
+
         serving, queued = self._dispatcher.snapshot()
         counts = self._dispatcher.counts
         finished, failed = self._dispatcher.taken()
