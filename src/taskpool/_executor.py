@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -115,6 +116,8 @@ class Executor(Calls, _StandardExecutor):
             idle_timeout=self._idle_timeout,
             listeners=_check_listeners(listeners),
         )
+        if backend == "futures":
+            _end_before_pools()
         self._backend = make_backend(backend, setup)
         _open_backends.add(self._backend)
 
@@ -354,20 +357,24 @@ def _await_end(backends: list[Backend]) -> None:
 
 
 def _register_exit() -> None:
-    # Before the standard library joins its own threads, and so before it waits for pools that host our workers:
-    # what was registered later runs earlier.
-    import concurrent.futures.process  # noqa: F401
-
     register = getattr(threading, "_register_atexit", None)
     if register is None:
         import atexit
 
         register = atexit.register
     register(_end_at_exit)
-    _nesting.at_end.append(_end_with_worker)
 
 
 _register_exit()
+_nesting.at_end.append(_end_with_worker)
+
+
+@functools.cache
+def _end_before_pools() -> None:
+    """Have the end come before the standard library waits for pools that host our workers."""
+    import concurrent.futures.process  # noqa: F401  # here it registers its own: what was registered later runs earlier
+
+    _register_exit()
 
 
 def _start_afresh() -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
+from taskpool import errors
 from taskpool._engine import stop
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
@@ -19,7 +20,6 @@ from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
 from taskpool._engine.wire import Pickled
 from taskpool._listeners import Listeners
-from taskpool.errors import WorkerCrashedError
 
 now = time.monotonic
 
@@ -208,7 +208,7 @@ class Crew:
 
     def _died_before_ready(self, worker: WorkerHandle, processes: int = 1) -> None:
         text = f"a worker ended before it was ready{self._host.hint(worker)}"
-        self._start_failed(WorkerCrashedError(text, pid=worker.pid), processes)
+        self._start_failed(errors.WorkerCrashedError(text, pid=worker.pid), processes)
 
     def _start_failed(self, reason: BaseException | EncodedError, count: int = 1) -> None:
         are_others = any(worker.state in (STARTING, SERVING) for worker in self.workers)

@@ -19,11 +19,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from taskpool import errors
 from taskpool._engine import entry, stop
 from taskpool._engine import template as tpl
 from taskpool._engine.channel import WorkerEnd, close_kept, keep_from_children, no_forks
 from taskpool._engine.launches import Launches
-from taskpool.errors import WorkerCrashedError
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -57,6 +57,9 @@ class Host:
         """Learn whom to tell about pids and exit codes."""
         self._crew = crew
         self._exit = _ExitCodes(crew)
+
+    def prepare(self) -> None:
+        """Begin what takes long before the first start. On another thread than the dispatcher's, which does not run yet."""
 
     def start(self, worker: WorkerHandle) -> None:
         """Begin to start a process for `worker`, and close the parent's copies of the worker's end.
@@ -114,6 +117,11 @@ class TemplateHost(Host):
     def free_starts(self) -> int:
         """Return how many requests may be sent: so few lie unread that the socket has room for all."""
         return MOST_REQUESTS - (0 if self._template is None else len(self._template.starting))
+
+    def prepare(self) -> None:
+        """Start the template, which needs a while until it can answer."""
+        with contextlib.suppress(OSError):  # the first start tries again, and says what is wrong
+            self._new_template()
 
     def start(self, worker: WorkerHandle) -> None:
         """Send a start request; the answer comes over the socket."""
@@ -201,7 +209,7 @@ class TemplateHost(Host):
             if template.has_started:
                 self._crew.start_lost(worker)
             else:
-                error = WorkerCrashedError("the template process ended before it could start a worker")
+                error = errors.WorkerCrashedError("the template process ended before it could start a worker")
                 self._crew.start_failed(worker, error)
 
     def _close(self, template: _TemplateProcess) -> None:
