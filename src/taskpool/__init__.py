@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from taskpool._executor import Executor as Executor
     from taskpool._group import TaskGroup as TaskGroup
     from taskpool._outcome import Outcome as Outcome
+    from taskpool._records import Capabilities as Capabilities
+    from taskpool._records import Stats as Stats
     from taskpool._retry import RetryPolicy as RetryPolicy
     from taskpool._retry import retry as retry
-    from taskpool._stats import Stats as Stats
     from taskpool._task import TaskFuture as TaskFuture
-    from taskpool.backends.base import Capabilities as Capabilities
     from taskpool.errors import CallTimeoutError as CallTimeoutError
     from taskpool.errors import ForkedExecutorError as ForkedExecutorError
     from taskpool.errors import InitializerError as InitializerError
@@ -60,8 +60,8 @@ _HOMES = {
     "CurrentTask": "taskpool._current",
     "TaskFuture": "taskpool._task",
     "TaskGroup": "taskpool._group",
-    "Capabilities": "taskpool.backends.base",
-    "Stats": "taskpool._stats",
+    "Capabilities": "taskpool._records",
+    "Stats": "taskpool._records",
     **dict.fromkeys(
         (
             "CallTimeoutError",

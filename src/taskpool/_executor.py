@@ -25,9 +25,9 @@ from taskpool.backends.base import Backend, Setup
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from taskpool._records import Stats
     from taskpool._results import MapResults
     from taskpool._retry import Retry
-    from taskpool._stats import Stats
     from taskpool.events import Listener
 
 EXIT_TIMEOUT = 60.0  # seconds that the end of the interpreter waits for accepted tasks, unless shutdown_timeout is set

@@ -274,8 +274,9 @@ class _TemplateProcess:
 
     def _popen(self, fd: int, preload: list[str]) -> subprocess.Popen[bytes]:
         path = [os.fspath(entry) for entry in self._state["path"] if isinstance(entry, (str, os.PathLike))]
-        code = f"import sys; sys.path[:] = {path!r}; from taskpool._engine.template import main; "
-        code += f"main({fd}, {preload!r})"
+        # Without the garbage collector, which finds nothing in what is imported: 5 of 50 ms.
+        code = f"import gc, sys; collects = gc.isenabled(); gc.disable(); sys.path[:] = {path!r}; "
+        code += f"from taskpool._engine.template import main; main({fd}, {preload!r}, collects=collects)"
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         # Its own session from the first moment: a Ctrl-C at the terminal is not for it.
         # With a copy of the environment: the system's own may move while another thread changes it.

@@ -20,27 +20,7 @@ from taskpool._task import TaskFuture
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
 
 if TYPE_CHECKING:
-    from taskpool._stats import Stats
-
-
-class Capabilities(NamedTuple):
-    """What a backend can do beyond running tasks.
-
-    Attributes:
-        kill: A task that does not yield is stopped by the end of its process.
-        isolation: A task that crashes takes nothing else with it.
-        processes: Tasks run in processes of their own; what crosses is pickled.
-        start_methods: `mp_context=` chooses how processes start.
-        preload: `preload=` names modules that workers share.
-        recycling: `max_tasks_per_child=` replaces workers.
-    """
-
-    kill: bool
-    isolation: bool
-    processes: bool
-    start_methods: bool
-    preload: bool
-    recycling: bool
+    from taskpool._records import Capabilities, Stats
 
 
 class Setup(NamedTuple):
@@ -162,14 +142,17 @@ class Slots:
 class Backend(MapBackend):
     """Runs tasks. Every method that can block takes a bound."""
 
-    capabilities: Capabilities
-
     def __init__(self, name: str, setup: Setup) -> None:
         self.name: str = name
         self.setup: Setup = setup
         self.workers: int = setup.max_workers
         self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond running tasks."""
+        raise NotImplementedError
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""

@@ -17,9 +17,9 @@ from taskpool._engine.threads import InterruptibleThread, undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._stats import Stats
+from taskpool._records import Capabilities, Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, refuse
+from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
@@ -53,7 +53,7 @@ class ThreadBackend(Backend):
     has just got its lock.
     """
 
-    capabilities: Capabilities = Capabilities(
+    capabilities = Capabilities(
         kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
     )
 

@@ -1,8 +1,29 @@
-"""The record of what an executor is doing and has done, as `stats` hands it out."""
+"""Records about an executor: what its backend can do, and what it does. Loaded by those who ask."""
 
 from __future__ import annotations
 
 import attrs
+
+
+@attrs.frozen
+class Capabilities:
+    """What a backend can do beyond running tasks.
+
+    Attributes:
+        kill: A task that does not yield is stopped by the end of its process.
+        isolation: A task that crashes takes nothing else with it.
+        processes: Tasks run in processes of their own; what crosses is pickled.
+        start_methods: `mp_context=` chooses how processes start.
+        preload: `preload=` names modules that workers share.
+        recycling: `max_tasks_per_child=` replaces workers.
+    """
+
+    kill: bool
+    isolation: bool
+    processes: bool
+    start_methods: bool
+    preload: bool
+    recycling: bool
 
 
 @attrs.frozen
