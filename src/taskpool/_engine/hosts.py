@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -320,12 +321,22 @@ class _TemplateProcess:
         if not self.has_started:
             self.kill()
         close_kept(self.line.sock.detach())
-        try:
-            self._process.wait(CLOSE_TIME)
-        except subprocess.TimeoutExpired:
+        if not self._wait():
             self.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait()
+
+    def _wait(self) -> bool:
+        """Wait a while for its end, and reap it; return whether it has ended."""
+        end = stop.ProcessHandle(self._process.pid)  # `Popen.wait` with a bound sleeps, and looks again: 2 ms too long
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if end.fd is None:
                 self._process.wait(CLOSE_TIME)
+            else:
+                poll = select.poll()
+                poll.register(end.fd, select.POLLIN)
+                poll.poll(CLOSE_TIME * 1e3)
+        end.close()
+        return self._process.poll() is not None
 
 
 def _identity() -> tuple[Any, ...]:
