@@ -151,8 +151,12 @@ class Backend(MapBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do beyond running tasks."""
-        raise NotImplementedError
+        """What it can do beyond running tasks: without processes none of it."""
+        from taskpool._records import Capabilities
+
+        return Capabilities(
+            kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+        )
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
