@@ -121,8 +121,9 @@ class TemplateHost(Host):
 
     def prepare(self) -> None:
         """Start the template, which needs a while until it can answer."""
-        with contextlib.suppress(OSError):  # the first start tries again, and says what is wrong
-            self._new_template()
+        if self._template is None:
+            with contextlib.suppress(Exception):  # the first start tries again, and says what is wrong
+                self._new_template()
 
     def start(self, worker: WorkerHandle) -> None:
         """Send a start request; the answer comes over the socket."""
