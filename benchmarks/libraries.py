@@ -25,8 +25,9 @@ class Library:
     package = ""
     peer = True
 
-    def __init__(self, workers: int = WORKERS) -> None:
+    def __init__(self, workers: int = WORKERS, method: str | None = None) -> None:
         self.workers = workers
+        self.method = method  # how processes start, for those that leave the choice; None is as they do by default
         self.pool: Any = self.start(workers)
 
     def start(self, workers: int) -> Any:
@@ -84,7 +85,7 @@ class Taskpool(Library):
         """Return an executor."""
         import taskpool
 
-        return taskpool.Executor(workers, **self.options)
+        return taskpool.Executor(workers, mp_context=self.method, **self.options)
 
     def map(self, fn: Callable[[Any], Any], items: range) -> list[Any]:
         """Map with default arguments."""
@@ -152,7 +153,7 @@ class Pool(Library):
 
     def start(self, workers: int) -> Any:
         """Return a pool."""
-        return importlib.import_module(self.module).Pool(workers)
+        return importlib.import_module(self.module).get_context(self.method).Pool(workers)
 
     def call(self, fn: Callable[[Any], Any], item: Any) -> Any:
         """Apply."""

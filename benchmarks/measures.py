@@ -20,6 +20,7 @@ Figures = dict[str, float]
 now = time.perf_counter
 
 BLOCK = 1 << 20
+METHODS = ("fork", "forkserver", "spawn")
 
 
 def warm(library: Any) -> Any:
@@ -235,7 +236,7 @@ def replacement(_: str) -> Figures:
     import taskpool
 
     figures = {}
-    for method in (None, "fork", "forkserver", "spawn"):
+    for method in (None, *METHODS):
         with taskpool.Executor(1, mp_context=method) as pool:
             figures[method or "default"] = statistics.median(_replace(pool) for _ in range(10))
     return figures
@@ -250,16 +251,21 @@ def _replace(pool: Any) -> float:
 
 
 def cold(library: str) -> Figures:
-    """A whole program: start, one task, end."""
-    code = f"""
+    """A whole program: start, one task, end; by start method, for taskpool and the one that it is measured by."""
+    methods = (None, *METHODS) if library in ("taskpool", "multiprocessing.Pool") else (None,)
+    bare = _whole("pass")
+    return {method or "default": _whole(_program(library, method)) - bare for method in methods}
+
+
+def _program(library: str, method: str | None) -> str:
+    return f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import libraries, workloads
 if __name__ == "__main__":
-    library = libraries.ALL[{library!r}]()
+    library = libraries.ALL[{library!r}](method={method!r})
     assert library.call(workloads.same, 3) == 3
     library.close()
 """
-    return {"ms": _whole(code) - _whole("pass")}
 
 
 def import_time(_: str) -> Figures:
@@ -303,6 +309,7 @@ class Measure(NamedTuple):
 
 OURS = ("taskpool",)
 LIMITED = ("taskpool", "pebble", "deadpool")
+BY_METHOD = dict.fromkeys(("default", *METHODS), ("ms", False))
 LAZY = ("taskpool", "multiprocessing.Pool", "mpire")
 
 
@@ -364,12 +371,12 @@ ALL: list[Measure] = [
         {"ratio": ("x", False), "memory": ("B", False)},
         only=("taskpool", "ProcessPoolExecutor", "loky"),
     ),
-    Measure("cold", "start, one task, end", cold, {"ms": ("ms", False)}, starts=True, quick=True),
+    Measure("cold", "start, one task, end", cold, BY_METHOD, starts=True, quick=True),
     Measure(
         "replacement",
         "a worker replaced after a kill",
         replacement,
-        {"default": ("ms", False), "fork": ("ms", False), "forkserver": ("ms", False), "spawn": ("ms", False)},
+        BY_METHOD,
         only=OURS,
         starts=True,
         quick=True,

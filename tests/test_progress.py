@@ -25,6 +25,7 @@ from typing import Any, TextIO
 import pytest
 
 from taskpool import progress
+from taskpool._checks import check_progress
 from tests.helpers import PATIENCE, ROOT, at_most, bounded, run_script, wait_until
 
 CALM = {"TASKPOOL_PROGRESS": None, "CI": None, "COLUMNS": "80", "LINES": "25", "TERM": "xterm", "NO_COLOR": None}
@@ -144,14 +145,14 @@ def close(*displays: progress.Display) -> None:
 @pytest.mark.parametrize(("value", "label"), [(None, None), (False, None), (True, ""), ("resize", "resize"), ("", "")])
 def test_progress_is_a_truth_value_or_a_label(value: object, label: str | None) -> None:
     """None shows nothing, "" has no label."""
-    assert progress.check_progress(value) == label
+    assert check_progress(value) == label
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, b"resize", ["resize"], object()])
 def test_anything_else_is_refused_by_name(value: object) -> None:
     """The error names the argument."""
     with pytest.raises(TypeError, match=r"^progress must be True, False or a label, not "):
-        progress.check_progress(value)
+        check_progress(value)
 
 
 def test_importing_it_does_not_load_rich() -> None:

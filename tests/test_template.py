@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import multiprocessing.resource_tracker
 import os
@@ -179,3 +180,23 @@ def test_a_session_is_swept_before_its_id_is_free(pool: Make, monkeypatch: pytes
     assert isinstance(error, taskpool.WorkerCrashedError)
     assert [process and process.pid for process in swept] == [error.pid]
     assert swept[0].zombie
+
+
+# ---------------------------------------------------------------------------------------------- the garbage collector
+
+
+def frozen_and_on() -> tuple[bool, bool]:
+    """Return whether the collector passes over what was there at first, and whether it runs."""
+    return gc.get_freeze_count() > 1000, gc.isenabled()
+
+
+def test_a_worker_collects_garbage(pool: Make) -> None:
+    """It is off only while the template begins, and leaves alone what all workers share."""
+    assert pool(1).submit(frozen_and_on).result(PATIENCE) == (True, True)
+
+
+def test_a_collector_that_is_off_stays_off(pool: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever turns it off for every interpreter means the workers, too."""
+    (tmp_path / "sitecustomize.py").write_text("import gc; gc.disable()")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    assert pool(1).submit(gc.isenabled).result(PATIENCE) is False

@@ -11,9 +11,11 @@ with taskpool.Executor(max_workers=4, task_timeout=2) as pool:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as type checkers know it; `typing` itself takes longer to load than all that stands here
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from taskpool._calls import MapOptions as MapOptions
     from taskpool._calls import View as View
     from taskpool._current import CurrentTask as CurrentTask
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
     from taskpool._executor import Executor as Executor
     from taskpool._group import TaskGroup as TaskGroup
     from taskpool._outcome import Outcome as Outcome
+    from taskpool._records import Capabilities as Capabilities
+    from taskpool._records import Stats as Stats
     from taskpool._retry import RetryPolicy as RetryPolicy
     from taskpool._retry import retry as retry
     from taskpool._share import Shared as Shared
     from taskpool._share import share as share
     from taskpool._task import TaskFuture as TaskFuture
-    from taskpool.backends.base import Capabilities as Capabilities
-    from taskpool.backends.base import Stats as Stats
     from taskpool.errors import CallTimeoutError as CallTimeoutError
     from taskpool.errors import ForkedExecutorError as ForkedExecutorError
     from taskpool.errors import InitializerError as InitializerError
@@ -62,8 +64,8 @@ _HOMES = {
     "CurrentTask": "taskpool._current",
     "TaskFuture": "taskpool._task",
     "TaskGroup": "taskpool._group",
-    "Capabilities": "taskpool.backends.base",
-    "Stats": "taskpool.backends.base",
+    "Capabilities": "taskpool._records",
+    "Stats": "taskpool._records",
     **dict.fromkeys(
         (
             "CallTimeoutError",

@@ -6,24 +6,23 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
-from taskpool import progress
-from taskpool._checks import check_callable, check_count, check_name, check_seconds
+from taskpool._checks import check_callable, check_count, check_name, check_progress, check_seconds
 from taskpool._current import name_of
-from taskpool._group import TaskGroup
 from taskpool._map import MapBackend, MapJob
 from taskpool._options import TaskOptions
-from taskpool._outcome import Outcome
-from taskpool._results import MapResults
 from taskpool._task import TaskFuture
 from taskpool.errors import QueueFullError
 
 if TYPE_CHECKING:
     from taskpool._executor import Executor
+    from taskpool._group import TaskGroup
+    from taskpool._outcome import Outcome
+    from taskpool._results import MapResults
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-M = TypeVar("M", bound=MapResults)
+M = TypeVar("M", bound="MapResults")
 
 
 class MapOptions(TypedDict, total=False):
@@ -265,6 +264,8 @@ class Calls:
         self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], how: Mapping[str, Any], **more: Any
     ) -> MapResults:
         """Check what was asked for, and start it."""
+        from taskpool._results import MapResults
+
         results = self._make(MapResults, fn, iterables, how, **more)
         results.start()
         return results
@@ -282,6 +283,8 @@ class Calls:
         keeps_items: bool = False,
     ) -> M:
         """Check what was asked for, and prepare it."""
+        from taskpool._results import MapResults
+
         check_callable(fn, "fn")
         for option in how:
             if option not in ZipOptions.__annotations__ and option not in MapOptions.__annotations__:
@@ -291,7 +294,7 @@ class Calls:
         seconds = check_seconds(how.get("timeout"), "timeout")
         window = check_count(how.get("buffersize"), "buffersize")
         chunksize = check_count(how.get("chunksize"), "chunksize")
-        label = progress.check_progress(how.get("progress", False))
+        label = check_progress(how.get("progress", False))
         source = _joined(iterables, strict=bool(how.get("strict", False)), may_be_async=kind is not MapResults)
         self._executor._check_open()
         job = MapJob(fn, star=star or len(iterables) > 1, options=self._options, chunksize=chunksize)
@@ -323,6 +326,8 @@ class Calls:
             TypeError: If an argument is of a wrong type.
             ValueError: If `timeout` is NaN.
         """
+        from taskpool._group import TaskGroup
+
         executor, seconds = self._executor, check_seconds(timeout, "timeout")
         return TaskGroup(executor._backend, self._options, executor._check_open, timeout=seconds, name=check_name(name))
 

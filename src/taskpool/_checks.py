@@ -103,3 +103,18 @@ def check_name(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise TypeError(f"name must be text or None, not {value!r}")
+
+
+def check_progress(value: object) -> str | None:
+    """Return the label that `progress=` asks for: "" is none, and None shows nothing.
+
+    Raises:
+        TypeError: If it is neither a truth value nor text nor None.
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return ""
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"progress must be True, False or a label, not {value!r}")

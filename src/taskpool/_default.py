@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 from taskpool._calls import Calls, ZipOptions
 from taskpool._checks import check_count, default_workers
 from taskpool._executor import Executor
-from taskpool._outcome import Outcome
 
 if TYPE_CHECKING:
+    from taskpool._outcome import Outcome
     from taskpool._retry import Retry
 
 R = TypeVar("R")

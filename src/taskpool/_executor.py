@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -16,16 +17,18 @@ from typing import TYPE_CHECKING, Any, Self
 from taskpool import _nesting
 from taskpool._calls import Calls
 from taskpool._checks import check_callable, check_count, check_limit, check_name, check_seconds, default_workers
+from taskpool._listeners import Listeners
 from taskpool._options import TaskOptions
-from taskpool._results import MapResults
 from taskpool.backends import make_backend
-from taskpool.backends.base import Backend, Setup, Stats
-from taskpool.events import Listener, Listeners
+from taskpool.backends.base import Backend, Setup
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from taskpool._records import Stats
+    from taskpool._results import MapResults
     from taskpool._retry import Retry
+    from taskpool.events import Listener
 
 EXIT_TIMEOUT = 60.0  # seconds that the end of the interpreter waits for accepted tasks, unless shutdown_timeout is set
 WORKER_EXIT_TIMEOUT = 0.5  # seconds that the end of a worker waits for the executors that its tasks have left open
@@ -113,6 +116,8 @@ class Executor(Calls, _StandardExecutor):
             idle_timeout=self._idle_timeout,
             listeners=_check_listeners(listeners),
         )
+        if backend == "futures":
+            _end_before_pools()
         self._backend = make_backend(backend, setup)
         _open_backends.add(self._backend)
 
@@ -352,20 +357,24 @@ def _await_end(backends: list[Backend]) -> None:
 
 
 def _register_exit() -> None:
-    # Before the standard library joins its own threads, and so before it waits for pools that host our workers:
-    # what was registered later runs earlier.
-    import concurrent.futures.process  # noqa: F401
-
     register = getattr(threading, "_register_atexit", None)
     if register is None:
         import atexit
 
         register = atexit.register
     register(_end_at_exit)
-    _nesting.at_end.append(_end_with_worker)
 
 
 _register_exit()
+_nesting.at_end.append(_end_with_worker)
+
+
+@functools.cache
+def _end_before_pools() -> None:
+    """Have the end come before the standard library waits for pools that host our workers."""
+    import concurrent.futures.process  # noqa: F401  # here it registers its own: what was registered later runs earlier
+
+    _register_exit()
 
 
 def _start_afresh() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import attrs
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskpool._checks import check_limit, check_name, check_priority, check_seconds
-from taskpool._retry import RetryPolicy, as_policy
+
+if TYPE_CHECKING:
+    from taskpool._retry import RetryPolicy
 
 
-@attrs.frozen
-class TaskOptions:
+class TaskOptions(NamedTuple):
     """What holds for one call of a task. Times are in seconds.
 
     Attributes:
@@ -43,7 +42,15 @@ class TaskOptions:
             if check is None:
                 raise TypeError(f"unknown option {option!r}; the options of a task are {', '.join(sorted(_CHECKS))}")
             checked[option] = check(value)
-        return attrs.evolve(self, **checked)
+        return self._replace(**checked)
+
+
+def _as_policy(value: object) -> RetryPolicy | None:
+    if value is None:
+        return None
+    from taskpool._retry import as_policy
+
+    return as_policy(value)
 
 
 _CHECKS: dict[str, Any] = {
@@ -52,5 +59,5 @@ _CHECKS: dict[str, Any] = {
     "name": check_name,
     "priority": check_priority,
     "submit_timeout": lambda value: check_seconds(value, "submit_timeout"),
-    "retry": as_policy,
+    "retry": _as_policy,
 }

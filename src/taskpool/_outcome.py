@@ -6,6 +6,8 @@ from typing import Generic, TypeVar, cast
 
 import attrs
 
+from taskpool._repr import short_repr
+
 I = TypeVar("I")  # noqa: E741  (item)
 V = TypeVar("V")
 
@@ -56,16 +58,3 @@ class Outcome(Generic[I, V]):
     def __repr__(self) -> str:
         how = f"value={short_repr(self._value)}" if self.ok else f"error={short_repr(self.error)}"
         return f"<Outcome {self.index} item={short_repr(self.item)} {how} attempts={self.attempts} seconds={self.seconds:.3g}>"
-
-
-def short_repr(value: object, limit: int = 80) -> str:
-    """Return `repr(value)` in one line of at most `limit` characters, whatever the object's own `__repr__` does."""
-    import reprlib
-
-    maker = reprlib.Repr()
-    maker.maxstring = maker.maxother = limit
-    try:
-        text = " ".join(maker.repr(value).split())
-    except Exception as error:
-        return f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
-    return text if len(text) <= limit else text[: limit - 3] + "..."

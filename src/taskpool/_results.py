@@ -12,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice, repeat
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from taskpool import progress
 from taskpool._map import MapBackend, MapJob, Settled
-from taskpool._outcome import Outcome, short_repr
+from taskpool._repr import short_repr
 from taskpool.errors import CallTimeoutError
+
+if TYPE_CHECKING:
+    from taskpool._outcome import Outcome
+    from taskpool.progress import Display
 
 READ_AHEAD = 4  # items per worker that are read ahead of the results
 AHEAD_SECONDS = 20e-3  # ... or as many quick ones as keep it busy for so long,
@@ -96,7 +99,7 @@ class MapResults:
     ) -> None:
         self._backend = backend
         self._job = job
-        self._display: progress.Display | None = None
+        self._display: Display | None = None
         self._seconds = timeout
         self._deadline = job.deadline = None if timeout is None else time.monotonic() + timeout
         self._buffersize = buffersize
@@ -108,6 +111,10 @@ class MapResults:
         self._eager = eager
         self._all_at_once = eager and job.total is not None
         self._items: dict[int, tuple[Any, float]] | None = {} if keeps_items else None  # (item, when it was read)
+        if keeps_items:
+            from taskpool._outcome import Outcome
+
+            self._outcome = Outcome
         self._read = 0  # items taken from the input
         self._taken = 0  # items whose outcomes were handed out; in order, the item that is due
         self._split: deque[Settled] = deque()  # items of a group that could not be handed out together
@@ -338,7 +345,7 @@ class MapResults:
         item, queued = self._items.pop(index)
         started = settled.started + offset * each
         ended = started + each if settled.started else time.monotonic()
-        return Outcome(
+        return self._outcome(
             index=index,
             item=item,
             error=error,
@@ -364,6 +371,8 @@ class MapResults:
 
     def show_progress(self, label: str) -> None:
         """Show how far the map is, until it ends, however it ends."""
+        from taskpool import progress
+
         self._display = progress.show(self._job, label)
         if self._closed:  # it was ended from elsewhere meanwhile
             self._display.close()

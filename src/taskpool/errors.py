@@ -23,8 +23,11 @@ A task's own exception is raised as itself; a cancelled task raises `concurrent.
 from __future__ import annotations
 
 import queue
-from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskpool._broken import InitializerError, UnpickleError, WorkerCrashedError
 
 __all__ = [
     "CallTimeoutError",
@@ -86,48 +89,8 @@ class CallTimeoutError(TaskPoolError, TimeoutError):
         self.finished = finished
 
 
-class WorkerCrashedError(TaskPoolError, BrokenProcessPool):
-    """The process that ran the task died before it had written an outcome. Only this task is lost.
-
-    Attributes:
-        exitcode: The exit code as `multiprocessing.Process.exitcode` has it (negative: a signal); None if unknown.
-        signal: The signal's name, such as "SIGKILL"; None if it was not a signal.
-        pid: The process that died.
-        stack: The stack that faulthandler wrote at a segfault or abort; None if it wrote none.
-        task: The task's name.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        exitcode: int | None = None,
-        signal: str | None = None,
-        pid: int | None = None,
-        stack: str | None = None,
-        task: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.exitcode = exitcode
-        self.signal = signal
-        self.pid = pid
-        self.stack = stack
-        self.task = task
-
-
-class InitializerError(TaskPoolError, BrokenProcessPool):
-    """No worker could be made ready: the initializer raised, died, or passed `start_timeout`.
-
-    Its cause is the initializer's own exception with the remote traceback, where there is one.
-    """
-
-
 class NotSendableError(TaskPoolError, TypeError, PicklingError):
     """Part of a task or of its result cannot be pickled. The message names the part; the cause is the original error."""
-
-
-class UnpickleError(NotSendableError, BrokenProcessPool):
-    """Pickled data failed to load on the other side: arguments in the worker, or a result in the parent."""
 
 
 class RemoteError(TaskPoolError):
@@ -168,3 +131,12 @@ class NestingError(TaskPoolError, RuntimeError):
 
 class UnsupportedError(TaskPoolError, NotImplementedError):
     """The chosen backend cannot do that. The message names one that can."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from taskpool import _broken
+
+    globals().update({each: getattr(_broken, each) for each in _broken.__all__})
+    return globals()[name]

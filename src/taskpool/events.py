@@ -14,9 +14,8 @@ logger and called no more.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import attrs
@@ -74,22 +73,3 @@ class TaskEnded(TaskEvent):
 
 
 Listener: TypeAlias = Callable[[TaskEvent], object]
-
-
-class Listeners:
-    """Those who want to know; false if nobody does, so that nothing is done for nobody."""
-
-    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
-        self._listeners = list(listeners)
-
-    def __bool__(self) -> bool:
-        return bool(self._listeners)
-
-    def tell(self, event: TaskEvent) -> None:
-        """Call each with a record. User code runs here."""
-        for listener in list(self._listeners):
-            try:
-                listener(event)
-            except Exception:
-                self._listeners.remove(listener)
-                logging.getLogger("taskpool").exception("the listener %r raised; it is called no more", listener)

@@ -72,21 +72,6 @@ class Counted(Protocol):
         raise NotImplementedError
 
 
-def check_progress(value: object) -> str | None:
-    """Return the label that `progress=` asks for: "" is none, and None shows nothing.
-
-    Raises:
-        TypeError: If it is neither a truth value nor text nor None.
-    """
-    if value is None or value is False:
-        return None
-    if value is True:
-        return ""
-    if isinstance(value, str):
-        return value
-    raise TypeError(f"progress must be True, False or a label, not {value!r}")
-
-
 def show(counted: Counted, label: str) -> Display:
     """Begin to show a map; whoever calls this closes what it returns.
 

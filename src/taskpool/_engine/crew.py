@@ -8,10 +8,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import attrs
-
+from taskpool import errors
 from taskpool._engine import stop
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
@@ -20,8 +19,7 @@ from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
 from taskpool._engine.wire import Pickled
-from taskpool.errors import WorkerCrashedError
-from taskpool.events import Listeners
+from taskpool._listeners import Listeners
 
 now = time.monotonic
 
@@ -29,8 +27,7 @@ END_TIME = 1.0  # seconds in which a worker answers the sentinel, or is gone aft
 LOST_TIME = 0.1  # ... in which one without a channel may still end by itself
 
 
-@attrs.frozen
-class Settings:
+class Settings(NamedTuple):
     """What does not change in an engine's life. Times in seconds."""
 
     name: str
@@ -40,25 +37,25 @@ class Settings:
     start_timeout: float | None = 60.0
     max_tasks: int | None = None
     idle_timeout: float | None = None
-    listeners: Listeners = attrs.field(factory=Listeners)
+    listeners: Listeners = Listeners()
 
 
-@attrs.define
 class Counts:
     """What happened so far. Written by the dispatcher only.
 
     What waiting threads took is counted with each worker, and added here when that is gone.
     """
 
-    finished: int = 0
-    failed: int = 0
-    timed_out: int = 0
-    cancelled: int = 0
-    crashed: int = 0
-    started: int = 0
-    replaced: int = 0
-    retried: int = 0
-    rerun: int = 0
+    def __init__(self) -> None:
+        self.finished = 0
+        self.failed = 0
+        self.timed_out = 0
+        self.cancelled = 0
+        self.crashed = 0
+        self.started = 0
+        self.replaced = 0
+        self.retried = 0
+        self.rerun = 0
 
 
 class Hub(Protocol):
@@ -211,7 +208,7 @@ class Crew:
 
     def _died_before_ready(self, worker: WorkerHandle, processes: int = 1) -> None:
         text = f"a worker ended before it was ready{self._host.hint(worker)}"
-        self._start_failed(WorkerCrashedError(text, pid=worker.pid), processes)
+        self._start_failed(errors.WorkerCrashedError(text, pid=worker.pid), processes)
 
     def _start_failed(self, reason: BaseException | EncodedError, count: int = 1) -> None:
         are_others = any(worker.state in (STARTING, SERVING) for worker in self.workers)

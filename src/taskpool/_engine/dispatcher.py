@@ -89,6 +89,7 @@ class Dispatcher:
         self._done = threading.Event()  # everything has ended: workers, host, threads
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.RLock()
+        self._is_prepared = False  # the thread runs, and nothing that it may need has yet to be loaded
 
     # From any thread
 
@@ -98,12 +99,17 @@ class Dispatcher:
         Raises:
             RuntimeError: If no thread can be started; nothing was accepted then.
         """
-        if self._thread is None:
+        if not self._is_prepared:
             start_undisturbed(self._start)
+            # While the first worker begins: when a worker crashes there may be no descriptor left to load its error.
+            import taskpool._broken  # noqa: F401
+
+            self._is_prepared = True
 
     def _start(self) -> None:
         with self._thread_lock:
             if self._thread is None and self._phase != CLOSED:
+                self._host.prepare()
                 thread = threading.Thread(target=self._run, name=f"{self._settings.name}-dispatcher", daemon=True)
                 thread.start()
                 self._thread = thread

@@ -7,8 +7,6 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-import attrs
-
 from taskpool._engine import wire
 from taskpool._engine.channel import BETWEEN, IDLE, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
 from taskpool._engine.stop import ProcessHandle
@@ -26,7 +24,6 @@ SHORT = 0.5e-3  # tasks that take less, of late, are sent ahead of time
 AHEAD_SECONDS = 2e-3  # ... as many as should take this long
 
 
-@attrs.define
 class Stop:
     """A climb up the ladder of `stop.py`, for one item of one unit.
 
@@ -38,11 +35,12 @@ class Stop:
         due: When the next step is due.
     """
 
-    unit: Unit
-    item: int
-    timed_out: bool
-    rung: int = 0
-    due: float = 0.0
+    def __init__(self, unit: Unit, item: int, *, timed_out: bool) -> None:
+        self.unit = unit
+        self.item = item
+        self.timed_out = timed_out
+        self.rung = 0
+        self.due = 0.0
 
 
 class Running(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from taskpool import errors
 from taskpool._engine import exceptions, wire
 from taskpool._engine.wire import Pickled
 from taskpool._task import RawOutcome, Value
-from taskpool.errors import NotSendableError, TaskPoolError, UnpickleError
 
 
 class EncodedValue(RawOutcome):
@@ -36,7 +36,7 @@ class EncodedValue(RawOutcome):
         except wire.LoadingError as failure:
             cause = failure.cause
             text = f"the result cannot be unpickled: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}"
-            error = UnpickleError(text)
+            error = errors.UnpickleError(text)
             error.__cause__ = cause if isinstance(cause, Exception) else _as_text(cause)
             return None, error
 
@@ -83,7 +83,7 @@ class EncodedError(RawOutcome):
         try:
             return None, exceptions.decode(self._body)[0]
         except Exception as cause:
-            error = UnpickleError("the task's exception cannot be restored")
+            error = errors.UnpickleError("the task's exception cannot be restored")
             error.__cause__ = cause
             return None, error
 
@@ -93,7 +93,7 @@ class EncodedNotSendableError(EncodedError):
 
     def decode(self) -> tuple[None, BaseException]:
         """Make the error, with the original one as its cause."""
-        return _with_cause(NotSendableError, "the result cannot be pickled", super().decode()[1])
+        return _with_cause(errors.NotSendableError, "the result cannot be pickled", super().decode()[1])
 
 
 class EncodedUnreadableError(EncodedError):
@@ -101,16 +101,14 @@ class EncodedUnreadableError(EncodedError):
 
     def decode(self) -> tuple[None, BaseException]:
         """Make the error, with the original one as its cause."""
-        return _with_cause(UnpickleError, "the task cannot be unpickled in the worker", super().decode()[1])
+        return _with_cause(errors.UnpickleError, "the task cannot be unpickled in the worker", super().decode()[1])
 
 
-def _with_cause(cls: type[TaskPoolError], text: str, cause: BaseException) -> tuple[None, BaseException]:
+def _with_cause(cls: type[errors.TaskPoolError], text: str, cause: BaseException) -> tuple[None, BaseException]:
     error = cls(f"{text}: {exceptions.type_name(cause)}: {exceptions.safe_str(cause)}")
     error.__cause__ = cause
     return None, error
 
 
 def _as_text(cause: BaseException) -> BaseException:
-    from taskpool.errors import RemoteError
-
-    return RemoteError(exceptions.safe_str(cause), type_name=exceptions.type_name(cause))
+    return errors.RemoteError(exceptions.safe_str(cause), type_name=exceptions.type_name(cause))

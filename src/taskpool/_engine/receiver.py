@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import TYPE_CHECKING
 
 from taskpool import logs as worker_logs
 from taskpool._engine import verdicts, wire
@@ -20,7 +21,9 @@ from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame, Pickled
 from taskpool._map import Settled
 from taskpool._task import RawOutcome
-from taskpool.events import How
+
+if TYPE_CHECKING:
+    from taskpool.events import How
 
 RESULTS = frozenset({wire.VALUES, wire.EACH})
 FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED, wire.UNOPENED}

@@ -8,7 +8,7 @@ the future is a queued one again, which `cancel()` resolves at once.
 from __future__ import annotations
 
 import itertools
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.crew import Counts, Settings
@@ -16,8 +16,9 @@ from taskpool._engine.feeder import Feeder
 from taskpool._engine.loop import Loop
 from taskpool._engine.units import Source, Unit
 from taskpool._map import Settled
-from taskpool._retry import Attempts
-from taskpool.events import How, TaskEnded, TaskRetried
+
+if TYPE_CHECKING:
+    from taskpool.events import How
 
 # How an attempt ended, as `Counts` has it.
 FINISHED: Final = "finished"
@@ -124,6 +125,8 @@ class Retries:
 
     def _tell_ended(self, unit: Unit, how: How, settled: Settled) -> None:
         """Tell the listeners of each task. On the callback thread: errors are decoded here."""
+        from taskpool.events import TaskEnded
+
         for one in settled.singly():
             self._settings.listeners.tell(
                 TaskEnded(
@@ -140,6 +143,8 @@ class Retries:
 
     def _tell_retried(self, ended: Ended, wait: float) -> None:
         if self._settings.listeners:
+            from taskpool.events import TaskRetried
+
             event = TaskRetried(
                 executor=self._settings.name,
                 task=ended.unit.name,
@@ -159,6 +164,8 @@ class Retries:
 
 
 def _decide_one(ended: Ended) -> Decided:
+    from taskpool._retry import Attempts
+
     unit, settled = ended.unit, ended.settled
     assert unit.options.retry is not None
     attempts = unit.attempts or Attempts(unit.options.retry, unit.name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from taskpool import errors
 from taskpool._engine.loop import Loop
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.verdicts import not_ready
-from taskpool.errors import WorkerCrashedError
 
 now = time.monotonic
 
@@ -67,7 +67,7 @@ class Starts:
             self._loop.wake_by(self._again_at)
         if wants and are_others:
             return
-        died = isinstance(reason, WorkerCrashedError)
+        died = isinstance(reason, errors.WorkerCrashedError)
         if self._failed >= FAILED_STARTS or not (self._has_succeeded or died):
             has_initializer = self._has_initializer
             self._give_up(lambda: not_ready(reason, has_initializer=has_initializer))

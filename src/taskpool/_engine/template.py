@@ -272,14 +272,21 @@ def _preload(line: Line, modules: list[str]) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def main(fd: int, preload: list[str]) -> None:
-    """Be the template on the socket `fd`. Called by the parent with `python -c`, in a session of its own."""
+def main(fd: int, preload: list[str], *, collects: bool = True) -> None:
+    """Be the template on the socket `fd`. Called by the parent with `python -c`, in a session of its own.
+
+    Args:
+        fd: The socket's descriptor.
+        preload: Modules to import.
+        collects: Whether the garbage collector, which has been off until now, shall run from here on.
+    """
     stop.reset_signals()
     sys.modules["__main__"] = types.ModuleType("__main__")  # where the parent's functions will live
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)  # noqa: FBT003
     # What every worker needs, once here instead of in each of them.
     import faulthandler  # noqa: F401
+    import gc
     import multiprocessing.process  # noqa: F401
     import resource  # noqa: F401
 
@@ -287,12 +294,12 @@ def main(fd: int, preload: list[str]) -> None:
     import taskpool.logs  # noqa: F401
 
     template = Template(sock)
+    if collects:
+        gc.enable()
     if preload:
         _preload(template.line, preload)
         stop.reset_signals()  # those that a module brought with it
-    import gc
-
-    gc.collect()
+        gc.collect()
     gc.freeze()  # what is here now is shared with all workers: the collector must not touch, and so copy, its pages
     template.serve()
     os._exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskpool._current import name_of
 from taskpool._engine import exceptions, payloads, wire
@@ -20,9 +20,11 @@ from taskpool._engine.payloads import Payload
 from taskpool._engine.wire import Bytes, Frame, Pickled
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
-from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.errors import NotSendableError
+
+if TYPE_CHECKING:
+    from taskpool._retry import Attempts
 
 CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError
 
+from taskpool import errors
 from taskpool._engine import stop
 from taskpool._engine.handle import WorkerHandle
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.units import Unit
 from taskpool._task import Failure
-from taskpool.errors import InitializerError, TaskTimeoutError, WorkerCrashedError
 
 _FAULTS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
@@ -18,7 +18,7 @@ def crashed(worker: WorkerHandle, unit: Unit) -> Failure:
     """The worker died while it ran this."""
     reason = worker.reason or _describe(worker.exitcode)
     return Failure(
-        WorkerCrashedError(
+        errors.WorkerCrashedError(
             f"the worker (pid {worker.pid}) died while it ran task {unit.name}: {reason}",
             exitcode=worker.exitcode,
             signal=stop.signal_name(worker.exitcode),
@@ -45,7 +45,7 @@ def timed_out(worker: WorkerHandle, unit: Unit, stack: str | None) -> Failure:
     limit = unit.options.task_timeout or 0.0
     text = f"task {unit.name} ran longer than its task_timeout of {limit:g} seconds and was stopped"
     text += f"; it was here:\n{stack}" if stack else ""
-    return Failure(TaskTimeoutError(text, seconds=limit, stack=stack, task=unit.name, pid=worker.pid))
+    return Failure(errors.TaskTimeoutError(text, seconds=limit, stack=stack, task=unit.name, pid=worker.pid))
 
 
 def cancelled() -> Failure:
@@ -58,12 +58,12 @@ def no_memory(unit: Unit) -> Failure:
     return Failure(MemoryError(f"there is no memory for the result of task {unit.name}"))
 
 
-def not_ready(reason: BaseException | EncodedError, *, has_initializer: bool) -> InitializerError:
+def not_ready(reason: BaseException | EncodedError, *, has_initializer: bool) -> errors.InitializerError:
     """No worker can be made ready. A new exception each time: one object on many futures would mix their tracebacks."""
     cause = reason.decode()[1] if isinstance(reason, EncodedError) else reason
     what = "the initializer failed" if has_initializer else "no worker can be started"
-    if isinstance(cause, WorkerCrashedError):  # ours: it says nothing that is not said here
-        return InitializerError(f"{what}: {cause}")
-    error = InitializerError(f"{what}: {type(cause).__name__}: {cause}")
+    if isinstance(cause, errors.WorkerCrashedError):  # ours: it says nothing that is not said here
+        return errors.InitializerError(f"{what}: {cause}")
+    error = errors.InitializerError(f"{what}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

@@ -11,76 +11,19 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import attrs
-
+from taskpool._listeners import Listeners
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
-from taskpool.events import Listeners, TaskEnded
+
+if TYPE_CHECKING:
+    from taskpool._records import Capabilities, Stats
 
 
-@attrs.frozen
-class Capabilities:
-    """What a backend can do beyond running tasks.
-
-    Attributes:
-        kill: A task that does not yield is stopped by the end of its process.
-        isolation: A task that crashes takes nothing else with it.
-        processes: Tasks run in processes of their own; what crosses is pickled.
-        start_methods: `mp_context=` chooses how processes start.
-        preload: `preload=` names modules that workers share.
-        recycling: `max_tasks_per_child=` replaces workers.
-    """
-
-    kill: bool
-    isolation: bool
-    processes: bool
-    start_methods: bool
-    preload: bool
-    recycling: bool
-
-
-@attrs.frozen
-class Stats:
-    """What an executor is doing and has done.
-
-    Attributes:
-        workers: Workers that are ready for tasks or run one.
-        idle: ... of these, the ones that run nothing.
-        queued: Tasks, or pieces of maps, that wait for a worker.
-        running: Workers that run something.
-        finished: Tasks that ended with a result; items of maps count each.
-        failed: ... with an exception of their own, or because they could not be sent.
-        timed_out: ... by passing their limit.
-        cancelled: ... by being cancelled.
-        crashed: ... by the death of their worker.
-        started: Workers that were started.
-        replaced: Workers that ended before their time, by a crash or by being stopped.
-        retried: Attempts that failed and were followed by another one.
-        rerun: Items of maps that ran twice, since their worker died before their results, of less than a millisecond's
-            work, were written.
-    """
-
-    workers: int = 0
-    idle: int = 0
-    queued: int = 0
-    running: int = 0
-    finished: int = 0
-    failed: int = 0
-    timed_out: int = 0
-    cancelled: int = 0
-    crashed: int = 0
-    started: int = 0
-    replaced: int = 0
-    retried: int = 0
-    rerun: int = 0
-
-
-@attrs.frozen
-class Setup:
+class Setup(NamedTuple):
     """What an executor passes to its backend, checked. Times in seconds."""
 
     name: str
@@ -94,7 +37,7 @@ class Setup:
     start_timeout: float | None = 60.0
     shutdown_timeout: float | None = None
     idle_timeout: float | None = None
-    listeners: Listeners = attrs.field(factory=Listeners)
+    listeners: Listeners = Listeners()
 
 
 class Sleeper(Protocol):
@@ -199,14 +142,21 @@ class Slots:
 class Backend(MapBackend):
     """Runs tasks. Every method that can block takes a bound."""
 
-    capabilities: Capabilities
-
     def __init__(self, name: str, setup: Setup) -> None:
         self.name: str = name
         self.setup: Setup = setup
         self.workers: int = setup.max_workers
         self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond running tasks: without processes none of it."""
+        from taskpool._records import Capabilities
+
+        return Capabilities(
+            kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+        )
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
@@ -235,6 +185,8 @@ class Backend(MapBackend):
             self.run_callbacks(lambda: self._tell_ended_unrun(future))
 
     def _tell_ended_unrun(self, future: TaskFuture[Any]) -> None:
+        from taskpool.events import TaskEnded
+
         cancelled = future.cancelled()
         event = TaskEnded(
             executor=self.setup.name,

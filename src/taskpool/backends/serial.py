@@ -13,8 +13,9 @@ from typing import Any
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
+from taskpool._records import Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
@@ -35,10 +36,6 @@ from taskpool.errors import InitializerError
 
 class SerialBackend(Backend):
     """Runs each task in `submit`, in the caller's thread. A limit asks the task to end; it cannot make it."""
-
-    capabilities: Capabilities = Capabilities(
-        kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
-    )
 
     def __init__(self, name: str, setup: Setup) -> None:
         super().__init__(name, setup)

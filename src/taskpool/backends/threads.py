@@ -17,8 +17,9 @@ from taskpool._engine.threads import InterruptibleThread, undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
+from taskpool._records import Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
     Alarms,
     LocalCall,
@@ -51,10 +52,6 @@ class ThreadBackend(Backend):
     C code, which `with` takes and holds in one step; entering a condition is a Python call, which can be cut when it
     has just got its lock.
     """
-
-    capabilities: Capabilities = Capabilities(
-        kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
-    )
 
     def __init__(self, name: str, setup: Setup) -> None:
         super().__init__(name, setup)

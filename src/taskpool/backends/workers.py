@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskpool import _nesting, logs
 from taskpool._engine import functions, hosts, sharing, stop, wire
@@ -15,8 +15,11 @@ from taskpool._engine.units import make_call, make_pieces
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
-from taskpool.backends.base import Backend, Capabilities, Setup, Stats, refuse
+from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.errors import NestingError, NotSendableError, UnsupportedError
+
+if TYPE_CHECKING:
+    from taskpool._records import Capabilities, Stats
 
 
 class WorkersBackend(Backend):
@@ -32,9 +35,7 @@ class WorkersBackend(Backend):
         _check_platform(name)
         _check_depth()
         uses_template = name == "process" and setup.mp_context is None and _has_template()
-        self.capabilities: Capabilities = Capabilities(
-            kill=True, isolation=True, processes=True, start_methods=True, preload=uses_template, recycling=True
-        )
+        self._uses_template = uses_template
         if not uses_template:
             refuse(name, preload=setup.preload)
         host, initializer = _make_host(name, setup, uses_template=uses_template)
@@ -50,6 +51,15 @@ class WorkersBackend(Backend):
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue)
         self._keeps = self._carried()  # of the initializer's arguments
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond running tasks."""
+        from taskpool._records import Capabilities
+
+        return Capabilities(
+            kill=True, isolation=True, processes=True, start_methods=True, preload=self._uses_template, recycling=True
+        )
 
     def submit(
         self, future: TaskFuture[Any], fn: Callable[..., Any], args: Any, kwargs: Any, options: TaskOptions
@@ -141,6 +151,8 @@ class WorkersBackend(Backend):
 
     def stats(self) -> Stats:
         """Count workers and tasks."""
+        from taskpool._records import Stats
+
         serving, queued = self._dispatcher.snapshot()
         counts = self._dispatcher.counts
         finished, failed = self._dispatcher.taken()

@@ -1,0 +1,56 @@
+"""The exceptions of `errors.py` that are also a `BrokenProcessPool`, whose module takes a while to load.
+
+They are found there, and are loaded when first asked for; the dispatcher sees to that before any can be due.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures.process import BrokenProcessPool
+
+from taskpool.errors import NotSendableError, TaskPoolError
+
+__all__ = ["InitializerError", "UnpickleError", "WorkerCrashedError"]
+
+
+class WorkerCrashedError(TaskPoolError, BrokenProcessPool):
+    """The process that ran the task died before it had written an outcome. Only this task is lost.
+
+    Attributes:
+        exitcode: The exit code as `multiprocessing.Process.exitcode` has it (negative: a signal); None if unknown.
+        signal: The signal's name, such as "SIGKILL"; None if it was not a signal.
+        pid: The process that died.
+        stack: The stack that faulthandler wrote at a segfault or abort; None if it wrote none.
+        task: The task's name.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exitcode: int | None = None,
+        signal: str | None = None,
+        pid: int | None = None,
+        stack: str | None = None,
+        task: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode
+        self.signal = signal
+        self.pid = pid
+        self.stack = stack
+        self.task = task
+
+
+class InitializerError(TaskPoolError, BrokenProcessPool):
+    """No worker could be made ready: the initializer raised, died, or passed `start_timeout`.
+
+    Its cause is the initializer's own exception with the remote traceback, where there is one.
+    """
+
+
+class UnpickleError(NotSendableError, BrokenProcessPool):
+    """Pickled data failed to load on the other side: arguments in the worker, or a result in the parent."""
+
+
+for _error in (WorkerCrashedError, InitializerError, UnpickleError):
+    _error.__module__ = "taskpool.errors"

@@ -1,0 +1,29 @@
+"""Who is told what happens to tasks. The records themselves are loaded only where somebody listens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from taskpool.events import Listener, TaskEvent
+
+
+class Listeners:
+    """Those who want to know; false if nobody does, so that nothing is done for nobody."""
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self._listeners = list(listeners)
+
+    def __bool__(self) -> bool:
+        return bool(self._listeners)
+
+    def tell(self, event: TaskEvent) -> None:
+        """Call each with a record. User code runs here."""
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                self._listeners.remove(listener)
+                logging.getLogger("taskpool").exception("the listener %r raised; it is called no more", listener)
