@@ -95,7 +95,10 @@ class Receiver:
 
     def _on_frame(self, worker: WorkerHandle, frame: Frame) -> None:
         if frame.kind in FINISHING:
-            self._on_outcome(worker, self._fetched(worker, frame))
+            body = frame.body
+            if body.places or body.buffers or len(body.stream) >= LARGE:
+                frame = self._fetched(worker, frame)
+            self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
             task = self._name_of(worker, frame.unit)
             self._logs.run(lambda: worker_logs.handle(wire.loads(frame.body), task))
@@ -112,7 +115,7 @@ class Receiver:
             self._crew.expect_end(worker)
 
     def _fetched(self, worker: WorkerHandle, frame: Frame) -> Frame:
-        """Return the frame with what lies in memory; and where results are large see that the next one can lie there."""
+        """Return the frame of a large result with what lies in memory, and see that the next one can lie there."""
         if frame.body.places:
             parts = worker.channel.claim(frame.body.places, self._blocks.give_back)
             frame = frame._replace(body=Pickled(frame.body.stream or parts.pop(0), parts))

@@ -78,27 +78,21 @@ class Call:
         """Higher leaves the queue first."""
         return self.options.priority
 
-    def _body(self) -> Pickled:
-        return Pickled(self._small) if self._large is None else self._large.pickled()
-
-    def _head(self) -> bytes:
-        return wire.frame_head(
-            wire.CALL,
-            self.id,
-            self._body(),
-            index=self.future.order,
-            count=1,
-            seconds=self.options.task_timeout or 0.0,
-            attempt=1 if self.attempts is None else self.attempts.number,
-        )
-
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return [self._head(), *self._body().pieces()]
+        body = Pickled(self._small) if self._large is None else self._large.pickled()
+        limit = self.options.task_timeout or 0.0
+        head = wire.frame_head(
+            wire.CALL, self.id, body, index=self.future.order, count=1, seconds=limit, attempt=self.attempt
+        )
+        return [head, *body.pieces()]
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""
-        return self._head() + self._small if self._large is None else b"".join(self.frame())
+        if self._large is not None:
+            return b"".join(self.frame())
+        limit, order = self.options.task_timeout or 0.0, self.future.order
+        return wire.packet(wire.CALL, self.id, self._small, index=order, seconds=limit, attempt=self.attempt)
 
     def is_small(self) -> bool:
         """Whether it may be sent along with others: its frame fits into one packet."""

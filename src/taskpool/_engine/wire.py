@@ -384,6 +384,11 @@ def frame_head(
     return head + struct.pack(f"<{len(sizes)}Q", *sizes)
 
 
+def packet(kind: int, unit: int, stream: Bytes, *, index: int, seconds: float, attempt: int) -> bytes:
+    """Return a small frame of one task, as one piece."""
+    return ONE_PART.pack(kind, 0, 1, attempt, unit, index, 1, 0.0, seconds, len(stream)) + stream
+
+
 def unit_of(frame: bytes) -> int:
     """Return the id of the unit that a whole frame is about."""
     return FRAME.unpack_from(frame)[4]  # type: ignore[no-any-return]
