@@ -112,8 +112,12 @@ class Deadlines:
             worker.write_interrupt(request)
             stop.interrupt(worker.process)
             request.due = now() + request.unit.options.grace
+            if not request.unit.options.grace:
+                self._climb(worker)
+                return
         else:
             stop.dump_and_die(worker.process)
+            worker.is_doomed = True
             request.due = now() + STACK_TIME
         self._loop.wake_by(request.due)
 
