@@ -20,7 +20,7 @@ from taskpool._map import Settled
 from taskpool._task import RawOutcome
 from taskpool.events import How
 
-RESULTS = frozenset({wire.VALUES, wire.EACH})
+RESULTS = frozenset({wire.VALUES, wire.EACH, wire.NUMBERS})
 FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED}
 
 now = time.monotonic

@@ -12,6 +12,7 @@ from taskpool._engine.channel import PACKET
 from taskpool._engine.outcomes import (
     EncodedError,
     EncodedNotSendableError,
+    EncodedNumbers,
     EncodedUnreadableError,
     EncodedValue,
     EncodedValues,
@@ -30,6 +31,7 @@ _ids = itertools.count(1)  # of units: one for each way to a worker
 OUTCOMES: dict[int, Callable[[Pickled], RawOutcome]] = {
     wire.VALUES: EncodedValue,
     wire.EACH: EncodedValues,
+    wire.NUMBERS: EncodedNumbers,
     wire.RAISED: EncodedError,
     wire.UNSENDABLE: EncodedNotSendableError,
     wire.UNREADABLE: EncodedUnreadableError,

@@ -412,12 +412,17 @@ class RangeRun:
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
         try:
-            kind, body = (wire.VALUES, wire.dumps(values)) if wire.are_plain(values) else self._dump_each()
+            kind, body = self._dump_all()
         except BaseException:
             self._write_singly()
         else:
             started = self.group_started
             report(kind, self.frame, body, index=first, count=len(values), started=started, seconds=seconds)
+
+    def _dump_all(self) -> tuple[int, Pickled]:
+        if wire.are_numbers(self.values):
+            return wire.NUMBERS, wire.dumps_numbers(self.values)
+        return (wire.VALUES, wire.dumps(self.values)) if wire.are_plain(self.values) else self._dump_each()
 
     def _dump_each(self) -> tuple[int, Pickled]:
         """Pickle each value by itself: one whose pickling kills or hangs this process is to blame, and it alone."""
