@@ -165,7 +165,11 @@ def hangs(library: Any) -> Figures:
 def overshoot(library: Any) -> Figures:
     """The same as outcomes of a map: by how much the tasks that hang pass their limit, until all is over with them."""
     warm(library)
-    hung = [outcome.seconds - 0.1 for outcome in library.outcomes(workloads.hang_at_every, range(200), 0.1) if not outcome.ok]
+    hung = [
+        outcome.seconds - 0.1
+        for outcome in library.outcomes(workloads.hang_at_every, range(200), 0.1)
+        if not outcome.ok
+    ]
     return {"p50": statistics.median(hung) * 1e3, "max": max(hung) * 1e3}
 
 

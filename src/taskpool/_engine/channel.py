@@ -38,7 +38,6 @@ IDLE, LOADING, RUNNING, WRITING = range(4)
 
 MOST_PIECES = 64  # written by one system call
 READ = 64 * 1024  # bytes that are read at once between large frames
-RESULTS = 256 * 1024  # bytes of results that a worker may be ahead of the parent
 
 _FILLING = memoryview(bytes(PACKET))
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -203,7 +202,6 @@ class Channel:
         try:
             task_r, self.tasks = _packet_pipe(opened)
             self.results, result_w = _pipe(opened)
-            _widen(result_w, RESULTS)
             self.life_r, self.life = _pipe(opened)
             page = _page_file(opened)
             self.page = Page(page)
@@ -395,14 +393,10 @@ def _packet_pipe(opened: list[int]) -> tuple[int, int]:
         return _pipe(opened)
     ends = os.pipe2(os.O_CLOEXEC | _O_DIRECT)
     opened.extend(ends)
-    _widen(ends[1], PACKETS * PACKET)  # where fewer packets fit `send_packet` says so
-    return ends
-
-
-def _widen(fd: int, size: int) -> None:
-    # The bound on a user's pipe memory may refuse.
+    # The bound on a user's pipe memory may refuse; then fewer packets fit, and `send_packet` says so.
     with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, _F_SETPIPE_SZ, size)
+        fcntl.fcntl(ends[1], _F_SETPIPE_SZ, PACKETS * PACKET)
+    return ends
 
 
 def _reopen(task_r: int) -> int | None:

@@ -113,7 +113,7 @@ class Deadlines:
             stop.interrupt(worker.process)
             request.due = now() + request.unit.options.grace
             if not request.unit.options.grace:
-                self._climb(worker)
+                self._climb(worker)  # at once: by the next look a millisecond or two would be gone
                 return
         else:
             stop.dump_and_die(worker.process)

@@ -23,7 +23,7 @@ STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal hand
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 10e-3  # tasks that take less, of late, are sent ahead of time: one,
-AHEAD_SECONDS = 6e-3  # ... or as many as should take this long: more than the 5 ms for which a busy thread keeps the GIL
+AHEAD_SECONDS = 6e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
 
 
 @attrs.define
