@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import fcntl
 import itertools
 import os
 import signal
@@ -460,37 +459,3 @@ def bounded_end(executor: taskpool.Executor) -> None:
     """End the executor within a bound, so that what it does not run any more has not run."""
     with at_most(PATIENCE):
         executor.shutdown(timeout=PATIENCE / 2)
-
-
-_places: list[Any] = []  # open files of this worker
-
-
-def _take_place(path: Path) -> None:
-    """Be an initializer that fails while another worker lives."""
-    _places.append(path.open("w"))
-    fcntl.flock(_places[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@on_one_host
-def test_an_initializer_never_runs_beside_the_worker_that_is_replaced(pool: Pool, tmp_path: Path) -> None:
-    """Elsewhere the new one starts while the old one dies; but this one may need what that still holds."""
-    executor = pool(1, initializer=_take_place, initargs=(tmp_path / "place",), grace=0)
-    for number in range(5):
-        future = executor.options(task_timeout=0.05).submit(tasks.sleep_for_ever)
-        assert isinstance(outcome(future), taskpool.TaskTimeoutError)
-        assert executor.submit(tasks.identity, number).result(PATIENCE) == number
-
-
-@on_hosts
-@pytest.mark.parametrize("hang", [tasks.sleep_for_ever, tasks.spin_for_ever, tasks.swallow_everything])
-def test_without_grace_the_end_comes_at_once(pool: Pool, hang: Callable[[], None]) -> None:
-    """With the stack, however the task hangs, and no task beside it is lost."""
-    executor = pool(2)
-    futures = [executor.options(task_timeout=0.1, grace=0).submit(hang) for _ in range(4)]
-    others = [executor.submit(tasks.identity, number) for number in range(40)]
-    for future in futures:
-        error = outcome(future)
-        assert isinstance(error, taskpool.TaskTimeoutError)
-        assert error.stack is not None
-        assert hang.__name__ in error.stack
-    assert [future.result(PATIENCE) for future in others] == [*range(40)]

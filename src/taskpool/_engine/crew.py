@@ -111,16 +111,7 @@ class Crew:
 
     def _room(self) -> int:
         """How many more workers there may be."""
-        return self._settings.max_workers - sum(map(self._has_place, self.workers))
-
-    def _has_place(self, worker: WorkerHandle) -> bool:
-        """Whether no other may begin in its place.
-
-        While one dies its replacement starts, which takes as long. Not where an initializer might want what the other
-        has yet to let go of.
-        """
-        is_dying = worker.is_doomed and not self._settings.has_initializer
-        return worker.state in (STARTING, SERVING, ENDING) and not is_dying
+        return self._settings.max_workers - sum(w.state in (STARTING, SERVING, ENDING) for w in self.workers)
 
     def _start(self, count: int) -> None:
         """Start so many workers, or as many as can be at this moment; where the host is busy, its answer brings more."""

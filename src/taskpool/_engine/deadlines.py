@@ -112,12 +112,8 @@ class Deadlines:
             worker.write_interrupt(request)
             stop.interrupt(worker.process)
             request.due = now() + request.unit.options.grace
-            if not request.unit.options.grace:
-                self._climb(worker)  # at once: by the next look a millisecond or two would be gone
-                return
         else:
             stop.dump_and_die(worker.process)
-            worker.is_doomed = True
             request.due = now() + STACK_TIME
         self._loop.wake_by(request.due)
 

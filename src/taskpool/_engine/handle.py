@@ -82,7 +82,6 @@ class WorkerHandle:
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
         self.failed = 0  # ... with an error
         self.retiring = False
-        self.is_doomed = False  # it has been told to write its stacks and end, and runs nothing any more
         self.paused_at: float | None = None  # since when a waiting thread watches what it writes
         self.exitcode: int | None = None
         self.exitcode_due = False  # whether the host has yet to tell it
