@@ -24,7 +24,8 @@ from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.errors import NotSendableError
 
-CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
+CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy,
+LEAST_SECONDS = 0.5e-3  # ... and when little is left to share, which is not worth more ways to workers
 
 _ids = itertools.count(1)  # of units: one for each way to a worker
 
@@ -200,7 +201,7 @@ class Piece:
         """Return the next range for a worker.
 
         Its length is what should take CHUNK_SECONDS by the measured durations, and leaves something for each worker
-        when little is left; a single item as long as nothing has been measured.
+        when little is left, unless that is next to nothing; a single item as long as nothing has been measured.
 
         Args:
             is_last: Whether nothing else waits.
@@ -215,7 +216,8 @@ class Piece:
         else:
             size = int(CHUNK_SECONDS / max(self.job.seconds, 1e-8))
             if is_last:
-                size = min(size, -(-self.left() // (2 * workers)))
+                least = int(LEAST_SECONDS / max(self.job.seconds, 1e-8))
+                size = min(size, max(least, -(-self.left() // (2 * workers))))
         if most is not None:
             size = min(size, most)
         end = min(stop, start + max(1, size))
