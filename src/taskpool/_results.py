@@ -158,7 +158,7 @@ class MapResults:
             if room <= 0 or (window is not None and room < window // 2 and self._read > self._taken):
                 return
             if window is None:
-                size = min(max(size * 4, self._job.chunksize or 1), LARGEST_PIECE)
+                size = min(max(size * 2, self._job.chunksize or 1), LARGEST_PIECE)
             else:
                 size = self._job.chunksize or max(1, room // (2 * self._backend.workers))
             items = self._cut(min(size, room))
