@@ -104,6 +104,10 @@ class Taskpool(Library):
         view = self.pool.options(task_timeout=seconds, grace=0)
         return [_outcome(future) for future in [view.submit(fn, item) for item in items]]
 
+    def outcomes(self, fn: Callable[[Any], Any], items: Iterable[Any], seconds: float) -> list[Any]:
+        """Map with a limit for each item, into records."""
+        return list(self.pool.options(task_timeout=seconds, grace=0).outcomes(fn, items))
+
     def crashing(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """Submit."""
         return self.many(fn, items)

@@ -110,7 +110,7 @@ def test_arguments_that_never_load_are_stopped(pool: Pool) -> None:
 
 
 @on_hosts
-@pytest.mark.parametrize("items", [1, 3])
+@pytest.mark.parametrize("items", [1, 2, 3])
 def test_items_that_never_load_are_stopped(pool: Pool, items: int) -> None:
     """An item of a map is told so as a task is; its neighbours, which were sent along with it, run."""
     results = pool(1, task_timeout=LIMIT, grace=GRACE).map(tasks.identity, [*range(items - 1), tasks.HangsAtLoad()])

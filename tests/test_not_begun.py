@@ -116,6 +116,27 @@ def test_short_tasks_do_not_wait_behind_one_that_turns_out_to_be_long(pool: Pool
 
 
 @on_one_host
+@pytest.mark.parametrize("seconds", [0.0, 2e-3])
+def test_a_worker_without_work_gets_what_lies_ahead_at_another(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """At once, without the time in which a short task would have ended; also if the other has not read its first."""
+    monkeypatch.setattr("taskpool._engine.handle.AHEAD", 10 * PATIENCE)
+    executor = pool(2)
+    for number in range(20):
+        executor.submit(tasks.spin_and_answer, seconds, number).result(PATIENCE)
+    for turn in range(10):
+        started, release = tmp_path / f"started {turn}", tmp_path / f"release {turn}"
+        early = [executor.submit(tasks.spin_and_answer, seconds, number) for number in range(20)]
+        long = executor.submit(tasks.hold, started, release)
+        late = [executor.submit(tasks.spin_and_answer, seconds, number) for number in range(20)]
+        assert [future.result(PATIENCE) for future in early + late] == 2 * [*range(20)]
+        release.touch()
+        long.result(PATIENCE)
+    wait_until(lambda: executor.stats().idle == 2, what="both workers idle")
+
+
+@on_one_host
 def test_running_asks_nothing_of_a_task_that_just_ended(pool: Pool) -> None:
     """`running()` answers, whatever the engine takes away meanwhile."""
     executor, answers = pool(2), set[Any]()

@@ -77,7 +77,8 @@ class MapJob:
         self._reports: dict[int, float] = {}  # how far running items say they are, from 0 to 1
         self._groups: dict[int, Settled] = {}
         self._lock = threading.RLock()
-        self._sleeper: threading.Lock | None = None  # of the thread that waits for a group
+        self._sleeper: threading.Lock | None = None  # of the thread that waits for a group,
+        self._awaited: int | None = None  # ... and where that begins; None for any
 
     def settle(self, settled: Settled) -> None:
         """Keep a group until it is asked for."""
@@ -89,7 +90,9 @@ class MapJob:
             self.failed += 0 if settled.outcome.ok else settled.items
             if self._reports:
                 self._forget_reports(settled)
-            sleeper, self._sleeper = self._sleeper, None
+            sleeper = self._sleeper if self._awaited in (settled.item, None) else None
+            if sleeper is not None:
+                self._sleeper = None
         if sleeper is not None:
             sleeper.release()
         if self.on_settled is not None:
@@ -116,7 +119,7 @@ class MapJob:
             sleeper = threading.Lock()
             sleeper.acquire()
             with self._lock:
-                self._sleeper = sleeper
+                self._sleeper, self._awaited = sleeper, index
                 settled = self.poll(index)
             if settled is not None:
                 return settled

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 READ_AHEAD = 4  # items per worker that are read ahead of the results
 AHEAD_SECONDS = 20e-3  # ... or as many quick ones as keep it busy for so long,
-MOST_AHEAD = 1024  # ... but no more than so many,
+MOST_AHEAD = 1 << 14  # ... but no more than so many,
 AHEAD_BYTES = 16 << 20  # ... and no more than take so much memory
 LARGEST_PIECE = 1 << 16  # items that are pickled together
 

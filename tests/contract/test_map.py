@@ -30,6 +30,14 @@ def test_results_come_in_the_order_of_the_input(pool: Pool, chunksize: int | Non
 
 
 @on_all
+def test_numbers_arrive_as_they_are(pool: Pool) -> None:
+    """With their types and their bits, many of them together."""
+    numbers: list[Any] = [0, -1, 1 << 40, -(1 << 200), True, False, None, 0.1, -0.0, float("inf"), float("nan"), 1 - 2j]
+    results = list(pool(2).map(tasks.identity, numbers * 50))
+    assert list(map(repr, results)) == list(map(repr, numbers)) * 50
+
+
+@on_all
 def test_several_iterables_end_with_the_shortest(pool: Pool) -> None:
     """As the builtin `map` does."""
     results = pool().map(tasks.add, range(10), itertools.count(100), [1, 2, 3])

@@ -33,8 +33,9 @@ class Hub(Protocol):
     def read(self, worker: WorkerHandle) -> None:
         """Take what the worker has written."""
 
-    def requeue(self, unit: Unit) -> None:
-        """Put back a unit that has not started."""
+    def withdraw(self, worker: WorkerHandle) -> bool:
+        """Put back in the queue what the worker has not read; return whether there was anything."""
+        ...
 
     def next_task(self, worker: WorkerHandle) -> None:
         """Give a worker that has nothing left something else to do, or let it wait."""
@@ -92,18 +93,12 @@ class Deadlines:
 
     def _take_back(self, worker: WorkerHandle) -> None:
         """Take back what the worker has not read. What it has read is its current task, or about to be."""
-        if self._withdraw(worker):
+        if self._leave_nothing(worker):
             self._hub.next_task(worker)
 
-    def _withdraw(self, worker: WorkerHandle) -> bool:
-        """Put back in the queue what the worker has not read; return whether it is left with nothing."""
-        if not worker.inflight[0].is_small():
-            return False  # it is alone, and what lies in the pipe may be the rest of what the worker is reading
-        taken = worker.channel.take_back()
-        for unit in [unit for unit in worker.inflight if unit.id in taken]:
-            worker.inflight.remove(unit)
-            self._hub.requeue(unit)
-        return bool(taken) and not worker.inflight
+    def _leave_nothing(self, worker: WorkerHandle) -> bool:
+        """Put back in the queue what the worker has not read; return whether it is left with nothing by that."""
+        return self._hub.withdraw(worker) and not worker.inflight
 
     def _climb(self, worker: WorkerHandle) -> None:
         """Take the next rung of the ladder for `worker.stop`."""
@@ -196,7 +191,7 @@ class Deadlines:
         still between reading and beginning; so that gets its time once more.
         """
         head = worker.inflight[0]
-        if self._withdraw(worker) or worker.channel.is_sending or worker.late_with == head.id:
+        if self._leave_nothing(worker) or worker.channel.is_sending or worker.late_with == head.id:
             self._hub.log(logging.WARNING, "worker %s does not take its task; it is replaced", worker.index)
             self._crew.kill(worker)
         else:

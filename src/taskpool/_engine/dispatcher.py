@@ -238,7 +238,7 @@ class Dispatcher:
             self._deadlines.look()
             self._feeder.look_for_due()
             self.blocks.trim()
-        if self._feeder.can_feed:
+        if self._feeder.can_feed or self._crew.idle:
             self._feeder.feed()
         if self._phase != OPEN and not self._has_work():
             self._crew.retire_idle()
@@ -261,9 +261,9 @@ class Dispatcher:
         """Log a record of the engine's own where handlers may block."""
         self._logs.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
 
-    def requeue(self, unit: Unit) -> None:
-        """Put back a unit that has not started."""
-        self._feeder.requeue(unit)
+    def withdraw(self, worker: WorkerHandle) -> bool:
+        """Put back in the queue what the worker has not read; return whether there was anything."""
+        return self._feeder.withdraw(worker)
 
     def next_task(self, worker: WorkerHandle) -> None:
         """Give a worker that has nothing left something else to do, or let it wait."""

@@ -211,6 +211,8 @@ class Feeder:
 
     def feed(self) -> None:
         """Give what waits to workers: to idle ones, to new ones where there is room, and ahead to busy ones."""
+        if self._crew.idle and not self.can_feed:
+            self._fetch_for_idle()
         self._feed_fresh()
         while self.queue:
             worker = self._crew.take_idle()
@@ -226,6 +228,24 @@ class Feeder:
             for worker in list(self._crew.workers):
                 if worker.state == SERVING and worker.inflight and not self.waits_for_room:
                     self.send_next(worker)
+
+    def _fetch_for_idle(self) -> None:
+        """Put back in the queue what was sent ahead to a busy worker: another one has nothing to do."""
+        for worker in list(self._crew.workers):
+            if worker.state == SERVING and len(worker.inflight) > 1 and self.withdraw(worker):
+                if not worker.inflight:  # it had not even read the first
+                    self._crew.make_idle(worker)
+                break
+
+    def withdraw(self, worker: WorkerHandle) -> bool:
+        """Put back in the queue what the worker has not read; return whether there was anything."""
+        if not worker.inflight[0].is_small():
+            return False  # it is alone, and what lies in the pipe may be the rest of what the worker is reading
+        taken = worker.channel.take_back()
+        for unit in [unit for unit in worker.inflight if unit.id in taken]:
+            worker.inflight.remove(unit)
+            self.requeue(unit)
+        return bool(taken)
 
     def send_next(self, worker: WorkerHandle) -> bool:
         """Send the worker as much as it should have of what is next in the queue; False if that is nothing."""

@@ -20,8 +20,8 @@ PICK_UP = 2.0  # seconds in which a worker takes a task that lies in its pipe; o
 STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal handler
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
-SHORT = 0.5e-3  # tasks that take less, of late, are sent ahead of time
-AHEAD_SECONDS = 2e-3  # ... as many as should take this long
+SHORT = 10e-3  # tasks that take less, of late, are sent ahead of time: one,
+AHEAD_SECONDS = 6e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
 
 
 class Stop:
@@ -144,7 +144,7 @@ class WorkerHandle:
             return 0
         if waiting and isinstance(self.inflight[0], Range):
             return 2 - waiting
-        depth = min(int(AHEAD_SECONDS / max(self.seconds, 20e-6)), share, PACKETS - 4)
+        depth = min(max(2, int(AHEAD_SECONDS / max(self.seconds, 20e-6))), share, PACKETS - 4)
         # Filled up when half of it is done: one write for many, not one for each outcome.
         return max(depth, 1) - waiting if waiting <= depth // 2 else 0
 

@@ -41,6 +41,16 @@ class EncodedValue(RawOutcome):
             return None, error
 
 
+class EncodedNumbers(EncodedValue):
+    """The list of the results of several items, all of them numbers."""
+
+    __slots__ = ()
+
+    def decode(self) -> tuple[Any, BaseException | None]:
+        """Read them; no user code runs."""
+        return wire.loads_numbers(self._body), None
+
+
 class EncodedValues(RawOutcome):
     """The results of several items of a map, each pickled by itself, since unpickling one may run user code."""
 

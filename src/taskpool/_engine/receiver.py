@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from taskpool import logs as worker_logs
 from taskpool._engine import verdicts, wire
@@ -25,7 +25,7 @@ from taskpool._task import RawOutcome
 if TYPE_CHECKING:
     from taskpool.events import How
 
-RESULTS = frozenset({wire.VALUES, wire.EACH})
+RESULTS = frozenset({wire.VALUES, wire.EACH, wire.NUMBERS})
 FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED, wire.UNOPENED}
 
 now = time.monotonic
@@ -144,7 +144,7 @@ class Receiver:
             worker.inflight.popleft()
             self._feeder.requeue(unit)
             self.next_task(worker)
-        elif frame.kind == wire.UNREADABLE and isinstance(unit, Range) and frame.items > 1:
+        elif frame.kind == wire.UNREADABLE and self._has_neighbours(unit):
             worker.inflight.popleft()
             self._send_singly(unit)
             self.next_task(worker)
@@ -179,9 +179,17 @@ class Receiver:
 
     def _on_interrupted(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> None:
         worker.inflight.popleft()
-        self._settle_stopped(worker, unit, frame.item, bytes(frame.body.stream).decode(errors="replace"))
+        if not frame.items and self._has_neighbours(unit):
+            self._send_singly(unit)  # it was still loading them: none can be blamed yet
+        else:
+            self._settle_stopped(worker, unit, frame.item, bytes(frame.body.stream).decode(errors="replace"))
         worker.stop = None
         self._crew.expect_end(worker)  # it ends by itself, since the task may have left anything half done
+
+    @staticmethod
+    def _has_neighbours(unit: Unit) -> TypeIs[Range]:
+        """Whether items lie in the same pickle that may be the ones to blame, of this range or of others."""
+        return isinstance(unit, Range) and len(unit.piece.items) > 1
 
     def _send_singly(self, unit: Range) -> None:
         """Give a range's items back one by one: together they cannot be read, or one of them kills the reader."""
@@ -212,7 +220,7 @@ class Receiver:
         request = worker.stop
         if item is None:
             self._feeder.requeue(unit)
-        elif isinstance(unit, Range) and unit.stop - unit.next > 1 and worker.is_loading():
+        elif self._has_neighbours(unit) and worker.is_loading():
             self._send_singly(unit)  # it died unpickling several items: none can be blamed yet
         elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
             self._settle_stopped(worker, unit, item, worker.channel.page.stack())

@@ -12,6 +12,7 @@ from taskpool._engine.memory import Blocks
 from taskpool._engine.outcomes import (
     EncodedError,
     EncodedNotSendableError,
+    EncodedNumbers,
     EncodedUnreadableError,
     EncodedValue,
     EncodedValues,
@@ -26,13 +27,15 @@ from taskpool.errors import NotSendableError
 if TYPE_CHECKING:
     from taskpool._retry import Attempts
 
-CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy
+CHUNK_SECONDS = 10e-3  # how long a range should keep a worker busy,
+LEAST_SECONDS = 0.5e-3  # ... and when little is left to share, which is not worth more ways to workers
 
 _ids = itertools.count(1)  # of units: one for each way to a worker
 
 OUTCOMES: dict[int, Callable[[Pickled], RawOutcome]] = {
     wire.VALUES: EncodedValue,
     wire.EACH: EncodedValues,
+    wire.NUMBERS: EncodedNumbers,
     wire.RAISED: EncodedError,
     wire.UNSENDABLE: EncodedNotSendableError,
     wire.UNREADABLE: EncodedUnreadableError,
@@ -199,7 +202,7 @@ class Piece:
         """Return the next range for a worker.
 
         Its length is what should take CHUNK_SECONDS by the measured durations, and leaves something for each worker
-        when little is left; a single item as long as nothing has been measured.
+        when little is left, unless that is next to nothing; a single item as long as nothing has been measured.
 
         Args:
             is_last: Whether nothing else waits.
@@ -214,7 +217,8 @@ class Piece:
         else:
             size = int(CHUNK_SECONDS / max(self.job.seconds, 1e-8))
             if is_last:
-                size = min(size, -(-self.left() // (2 * workers)))
+                least = int(LEAST_SECONDS / max(self.job.seconds, 1e-8))
+                size = min(size, max(least, -(-self.left() // (2 * workers))))
         if most is not None:
             size = min(size, most)
         end = min(stop, start + max(1, size))

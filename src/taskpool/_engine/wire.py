@@ -14,6 +14,7 @@ Each frame carries the id of its unit of work; what belongs to an id that is no 
 from __future__ import annotations
 
 import copyreg
+import marshal
 import pickle
 import struct
 import sys
@@ -40,9 +41,11 @@ ONE_PART = struct.Struct(FRAME.format + "Q")  # the header of a frame with one p
 SETUP, CALL, RANGE, SENTINEL, FORGET = range(1, 6)
 # Worker to parent.
 HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
-VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE = range(24, 29)  # outcomes; EACH has a pickle for each of its values
-UNOPENED = 29  # nothing has run: the shared memory in which the task lies cannot be opened there
+# outcomes; EACH has a pickle for each of its values, NUMBERS are not pickled
+VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE, NUMBERS = range(24, 30)
+UNOPENED = 30  # nothing has run: the shared memory in which the task lies cannot be opened there
 _FLAT = frozenset({bytes, bytearray, str})
+_NUMBERS = frozenset({int, float, complex, bool, type(None)})
 _PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 PARENT_TO_WORKER = frozenset(range(SETUP, FORGET + 1))
 WORKER_TO_PARENT = frozenset(range(HELLO, UNOPENED + 1))
@@ -135,6 +138,21 @@ def dumps_for_worker(value: object, *, has_large: bool = False) -> Pickled:
     except Exception:
         return _dump(functions.Parcel(value))
     return _dump(functions.Parcel(value)) if _mentions_of_main(pickled) else pickled
+
+
+def are_numbers(values: list[Any]) -> bool:
+    """Whether these can go by `dumps_numbers`."""
+    return _NUMBERS.issuperset(map(type, values))
+
+
+def dumps_numbers(values: list[Any]) -> Pickled:
+    """Write numbers as the interpreter writes its own constants: in half the time that a pickle of them takes."""
+    return Pickled(marshal.dumps(values))
+
+
+def loads_numbers(body: Pickled) -> list[Any]:
+    """Return what `dumps_numbers` was given."""
+    return marshal.loads(body.stream)  # type: ignore[no-any-return]
 
 
 def are_plain(values: list[Any]) -> bool:

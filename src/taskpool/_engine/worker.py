@@ -37,7 +37,7 @@ from taskpool._engine.channel import (
 )
 from taskpool._engine.wire import Frame, Pickled
 
-GROUP = 0.8e-3  # outcomes of items are written in groups of about this long (seconds)
+GROUP = 1e-3  # outcomes of items are written in groups of about this long (seconds)
 LOOK = (
     10e-6  # items are run until so much time has passed; if it is as much more, the last one was slow: they are written
 )
@@ -315,10 +315,11 @@ class Worker:
         except BaseException as error:
             # Whatever it was, nothing of the range has run. The parent sends several items again, each by itself.
             kind, body = _failed(wire.UNREADABLE, error)
+            count = frame.items
             if self.interrupts.stack is not None:
-                interrupted = self._interrupted()
-                kind, body = interrupted if frame.items == 1 else (kind, body)
-            self._report(kind, frame, body, index=frame.item, count=frame.items)
+                kind, body = self._interrupted()
+                count = 0  # none of them had begun
+            self._report(kind, frame, body, index=frame.item, count=count)
         else:
             while run.index < run.end and not self.interrupts.came:
                 run.run_until_something_happens()
@@ -396,27 +397,29 @@ class RangeRun:
             self.flush()
 
     # The hot loops of every map, so what they need stands in local names; what the second one can do has its price.
-    # A mark before each item, so that after a death it is known which one ran.
+    # A mark before each item, so that after a death it is known which one ran. (`values.append` by its whole name: the
+    # interpreter has an instruction for that.)
 
     def _run_plainly(self, items: Sequence[Any], first: int, until: float) -> int:
-        words, fn, add, clock = self.worker._words, self._fn, self.values.append, now
+        words, fn, values, clock = self.worker._words, self._fn, self.values, now
         index = first
         for index, item in enumerate(items, first):
             words[ITEM] = index
-            add(fn(item))
+            values.append(fn(item))
             if clock() >= until:
                 break
         return index
 
     def _run_carefully(self, items: Sequence[Any], first: int, until: float) -> int:
         words, times, fn, star = self.worker._words, self.worker._times, self._fn, self._star
-        index = first
+        values, clock = self.values, now
+        index, ended = first, clock()
         for index, item in enumerate(items, first):
-            if self._limited:
-                times[STARTED] = now()
+            times[STARTED] = ended  # nothing lies between the end of one item and the start of the next
             words[ITEM] = index
-            self.values.append(fn(*item) if star else fn(item))
-            if now() >= until:
+            values.append(fn(*item) if star else fn(item))
+            ended = clock()
+            if ended >= until:
                 break
         return index
 
@@ -441,7 +444,7 @@ class RangeRun:
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
         try:
-            kind, body = (wire.VALUES, wire.dumps(values)) if wire.are_plain(values) else self._dump_each()
+            kind, body = self._dump_all()
         except BaseException:
             self._write_singly()
         else:
@@ -451,6 +454,11 @@ class RangeRun:
                 self.drop_items()
             body = self.worker._moved(body)
             report(kind, self.frame, body, index=first, count=count, started=started, seconds=seconds)
+
+    def _dump_all(self) -> tuple[int, Pickled]:
+        if wire.are_numbers(self.values):
+            return wire.NUMBERS, wire.dumps_numbers(self.values)
+        return (wire.VALUES, wire.dumps(self.values)) if wire.are_plain(self.values) else self._dump_each()
 
     def _dump_each(self) -> tuple[int, Pickled]:
         """Pickle each value by itself: one whose pickling kills or hangs this process is to blame, and it alone."""
