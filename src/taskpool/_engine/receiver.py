@@ -187,7 +187,7 @@ class Receiver:
         self._crew.expect_end(worker)  # it ends by itself, since the task may have left anything half done
 
     @staticmethod
-    def _has_neighbours(unit: Unit) -> TypeIs[Range]:
+    def _has_neighbours(unit: Unit) -> TypeGuard[Range]:
         """Whether items lie in the same pickle that may be the ones to blame, of this range or of others."""
         return isinstance(unit, Range) and len(unit.piece.items) > 1
 
