@@ -18,12 +18,14 @@ class Library:
     Attributes:
         name: What the tables call it.
         package: The distribution whose version is shown; "" for the standard library.
-        pool: Whether it is a pool of processes on one machine, and so a peer; others are shown for scale.
+        peer: Whether it is a pool of processes on one machine, and so a peer; others are shown for scale.
+        submits: Whether tasks can be submitted one by one.
     """
 
     name = ""
     package = ""
     peer = True
+    submits = True
 
     def __init__(self, workers: int = WORKERS, method: str | None = None) -> None:
         self.workers = workers
@@ -58,8 +60,12 @@ class Library:
         """As `many`, where some tasks kill their worker and the others must have their results."""
         raise NotImplementedError
 
-    def kept(self, array: Any, keep: Callable[..., Any], fn: Callable[[Any], Any], count: int) -> list[Any]:
-        """Run tasks that all look at one array, given once to each worker by an initializer."""
+    def initialized(self, keep: Callable[..., Any], array: Any) -> Any:
+        """Return another pool, with a `map`, to each of whose workers an initializer has given an array."""
+        raise NotImplementedError
+
+    def shared(self, array: Any) -> Any:
+        """Return what tasks may be given in place of the array."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -87,6 +93,18 @@ class Taskpool(Library):
 
         return taskpool.Executor(workers, mp_context=self.method, **self.options)
 
+    def initialized(self, keep: Callable[..., Any], array: Any) -> Any:
+        """Return an executor."""
+        import taskpool
+
+        return taskpool.Executor(self.workers, initializer=keep, initargs=(array,), **self.options)
+
+    def shared(self, array: Any) -> Any:
+        """Share it."""
+        import taskpool
+
+        return taskpool.share(array)
+
     def map(self, fn: Callable[[Any], Any], items: range) -> list[Any]:
         """Map with default arguments."""
         return list(self.pool.map(fn, items))
@@ -112,13 +130,6 @@ class Taskpool(Library):
         """Submit."""
         return self.many(fn, items)
 
-    def kept(self, array: Any, keep: Callable[..., Any], fn: Callable[[Any], Any], count: int) -> list[Any]:
-        """Use an initializer."""
-        import taskpool
-
-        with taskpool.Executor(self.workers, initializer=keep, initargs=(array,), **self.options) as pool:
-            return list(pool.map(fn, range(count), chunksize=1))
-
 
 class TaskpoolFutures(Taskpool):
     """taskpool hosted by a ProcessPoolExecutor."""
@@ -143,10 +154,9 @@ class Futures(Library):
         """Return an executor."""
         return concurrent.futures.ProcessPoolExecutor(workers)
 
-    def kept(self, array: Any, keep: Callable[..., Any], fn: Callable[[Any], Any], count: int) -> list[Any]:
-        """Use an initializer."""
-        with concurrent.futures.ProcessPoolExecutor(self.workers, initializer=keep, initargs=(array,)) as pool:
-            return list(pool.map(fn, range(count)))
+    def initialized(self, keep: Callable[..., Any], array: Any) -> Any:
+        """Return an executor."""
+        return concurrent.futures.ProcessPoolExecutor(self.workers, initializer=keep, initargs=(array,))
 
 
 class Pool(Library):
@@ -158,6 +168,10 @@ class Pool(Library):
     def start(self, workers: int) -> Any:
         """Return a pool."""
         return importlib.import_module(self.module).get_context(self.method).Pool(workers)
+
+    def initialized(self, keep: Callable[..., Any], array: Any) -> Any:
+        """Return a pool."""
+        return multiprocessing.Pool(self.workers, keep, (array,))
 
     def call(self, fn: Callable[[Any], Any], item: Any) -> Any:
         """Apply."""
@@ -175,11 +189,6 @@ class Pool(Library):
         """Use imap, with the chunks that its documentation advises for long inputs."""
         return self.pool.imap(fn, items, chunksize=1000)
 
-    def kept(self, array: Any, keep: Callable[..., Any], fn: Callable[[Any], Any], count: int) -> list[Any]:
-        """Use an initializer."""
-        with multiprocessing.Pool(self.workers, keep, (array,)) as pool:
-            return pool.map(fn, range(count), chunksize=1)
-
     def close(self) -> None:
         """End it."""
         self.pool.close()
@@ -192,10 +201,6 @@ class Billiard(Pool):
     name = "billiard"
     package = "billiard"
     module = "billiard"
-
-    def kept(self, array: Any, keep: Callable[..., Any], fn: Callable[[Any], Any], count: int) -> list[Any]:
-        """Not measured."""
-        raise NotImplementedError
 
     def lazy(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Not measured."""
@@ -317,6 +322,7 @@ class Joblib(Library):
 
     name = "joblib"
     package = "joblib"
+    submits = False  # it takes many at once
 
     def start(self, workers: int) -> Any:
         """Return a `Parallel` that has been entered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import os
@@ -58,6 +59,8 @@ def round_trip(library: Any) -> Figures:
 
 def submits(library: Any, count: int = 20_000) -> Figures:
     """No-op tasks submitted one by one, until all have their result."""
+    if not library.submits:
+        raise NotImplementedError
     warm(library)
     count = count if library.peer else count // 10
     began, cpu = now(), _cpu()
@@ -122,7 +125,7 @@ def payload(library: Any, size: int, kind: str) -> Figures:
 
         data = np.frombuffer(data, dtype=np.uint8).copy()
     times = []
-    for _ in range(max(3, min(15, 200 * BLOCK // size))):
+    for _ in range(max(5, min(15, 200 * BLOCK // size))):
         began = now()
         answer = library.call(workloads.same, data)
         times.append(now() - began)
@@ -143,14 +146,24 @@ def same_array(library: Any, count: int = 200) -> Figures:
     return {"rate": count / (now() - began)}
 
 
-def kept_array(library: Any, count: int = 200) -> Figures:
-    """The same array, given to each worker by an initializer."""
+def kept_array(library: Any, count: int = 2000) -> Figures:
+    """The same array, given to each worker once, by an initializer, and where that can be by a handle; then tasks."""
     import numpy as np
 
     array = np.ones(100 * BLOCK, dtype=np.uint8)
+    with library.initialized(workloads.keep, array) as pool:
+        figures = {"initializer": _rate(pool, workloads.total_of_kept, range(count))}
+    if library.name == "taskpool":
+        fn = functools.partial(workloads.total_of_shared, library.shared(array))
+        figures["shared"] = _rate(library.pool, fn, range(count))
+    return figures
+
+
+def _rate(pool: Any, fn: Callable[[Any], Any], items: range) -> float:
+    list(pool.map(fn, items, chunksize=1))  # from here on each worker has the array
     began = now()
-    library.kept(array, workloads.keep, workloads.total_of_kept, count)
-    return {"rate": count / (now() - began)}
+    list(pool.map(fn, items, chunksize=1))
+    return len(items) / (now() - began)
 
 
 def hangs(library: Any) -> Figures:
@@ -227,19 +240,31 @@ def _tree_cpu() -> float:
 def growth(library: Any) -> Figures:
     """How the cost of a task grows with how many wait, and what one that waits takes of memory."""
     warm(library)
-    costs = {}
-    for count in (1_000, 10_000, 100_000):
+    counts = (1_000, 10_000, 100_000, 1_000_000) if library.name == "taskpool" else (1_000, 10_000, 100_000)
+    costs = []
+    for count in counts:
         began = now()
         library.many(workloads.same, range(count))
-        costs[count] = (now() - began) / count * 1e6
-    before = _resident()
+        costs.append((now() - began) / count)
     release = _hold_workers(library)
-    futures = [library.pool.submit(workloads.same, number) for number in range(100_000)]
+    before = _resident()
+    futures = [library.pool.submit(workloads.same, number) for number in range(counts[-1])]
     each = (_resident() - before) * 1e6 / len(futures)
     release.unlink()
     for future in futures:
         future.result()
-    return {"ratio": max(costs.values()) / min(costs.values()), "memory": each}
+    return {"ratio": max(costs) / min(costs), "memory": each}
+
+
+def crowds(library: Any) -> Figures:
+    """How the cost of a task grows with the number of workers: 20,000 no-op submits with 2, 8, 32 and 128 of them."""
+    costs = []
+    for workers in (2, 8, 32, 128):
+        many = type(library)(workers)
+        submits(many)
+        costs.append(1 / submits(many)["rate"])
+        many.close()
+    return {"ratio": max(costs) / min(costs)}
 
 
 def _hold_workers(library: Any) -> Path:
@@ -366,9 +391,9 @@ ALL: list[Measure] = [
     Measure("same-array", "one array of 100 MB to 200 tasks", same_array, {"rate": ("/s", True)}),
     Measure(
         "kept-array",
-        "the same, by an initializer",
+        "tasks that look at an array of 100 MB that their worker has",
         kept_array,
-        {"rate": ("/s", True)},
+        {"initializer": ("/s", True), "shared": ("/s", True)},
         only=("taskpool", "multiprocessing.Pool", "ProcessPoolExecutor"),
     ),
     Measure(
@@ -393,11 +418,12 @@ ALL: list[Measure] = [
     Measure("idle", "idle for 20 s", idle, {"cpu": ("ms", False), "threads": ("", False)}),
     Measure(
         "growth",
-        "100,000 waiting tasks beside 1,000",
+        "up to 1,000,000 waiting tasks beside 1,000 (the others: 100,000)",
         growth,
         {"ratio": ("x", False), "memory": ("B", False)},
         only=("taskpool", "ProcessPoolExecutor", "loky"),
     ),
+    Measure("crowds", "up to 128 workers beside 2", crowds, {"ratio": ("x", False)}, only=("taskpool", "loky")),
     Measure("cold", "start, one task, end", cold, BY_METHOD, starts=True, quick=True),
     Measure(
         "replacement",

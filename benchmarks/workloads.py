@@ -84,6 +84,11 @@ def total_of_kept(_: object) -> int:
     return total(_kept)
 
 
+def total_of_shared(shared: Any, _: object) -> int:
+    """Look at a little of a shared array."""
+    return total(shared.value)
+
+
 def die() -> None:
     """End the worker as the kernel would."""
     os.kill(os.getpid(), signal.SIGKILL)
