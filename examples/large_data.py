@@ -1,7 +1,5 @@
 """Large data: an argument as it is, and a value that many tasks use."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import taskpool
