@@ -167,7 +167,7 @@ class Channel:
     def send_packet(self, packet: bytes) -> bool:
         """Write a frame of at most PACKET bytes: all of it, or nothing and False. Never blocks."""
         try:
-            return os.write(self.tasks, packet) == len(packet)
+            return len(packet) <= PACKET and os.write(self.tasks, packet) == len(packet)
         except OSError:  # it is full, or nobody reads it any more
             return False
 

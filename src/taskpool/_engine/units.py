@@ -79,11 +79,11 @@ class Call:
     def _body(self) -> Pickled:
         return Pickled(self._small) if self._large is None else self._large.pickled()
 
-    def _head(self) -> bytes:
+    def _head(self, body: Pickled) -> bytes:
         return wire.frame_head(
             wire.CALL,
             self.id,
-            self._body(),
+            body,
             index=self.future.order,
             count=1,
             seconds=self.options.task_timeout or 0.0,
@@ -92,11 +92,12 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        return [self._head(), *self._body().pieces()]
+        body = self._body()  # once: it may turn out at any moment that blocks cannot be used
+        return [self._head(body), *body.pieces()]
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""
-        return self._head() + self._small if self._large is None else b"".join(self.frame())
+        return self._head(Pickled(self._small)) + self._small if self._large is None else b"".join(self.frame())
 
     def is_small(self) -> bool:
         """Whether it may be sent along with others: its frame fits into one packet."""
