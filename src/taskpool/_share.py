@@ -37,7 +37,9 @@ class Shared(Generic[T]):
     they are submitted. A result that has not been asked for does not: to get a handle back from a task one must keep it.
     """
 
-    def __init__(self, key: bytes, pickled: Pickled, block: Block | None = None, keeps: Sequence[sharing.Handle] = ()) -> None:
+    def __init__(
+        self, key: bytes, pickled: Pickled, block: Block | None = None, keeps: Sequence[sharing.Handle] = ()
+    ) -> None:
         self._key = key
         self._pickled = pickled
         self._block = block  # in the process that made it

@@ -279,7 +279,7 @@ class Worker:
         seconds: float = 0.0,
     ) -> None:
         self._words[PHASE] = WRITING
-        goes_on = frame.kind == wire.RANGE and 0 < count and index + count < frame.item + frame.items
+        goes_on = frame.kind == wire.RANGE and count > 0 and index + count < frame.item + frame.items
         if memory.mappings and (not goes_on or kind == wire.INTERRUPTED):
             memory.mappings.part()  # the parent may use its blocks for something else as soon as it has this outcome
         _flush()
