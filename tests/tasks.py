@@ -1261,6 +1261,14 @@ def count_shared() -> int:
     return len(_share._kept)
 
 
+def count_mapped() -> int:
+    """Return how many large blocks this process has mapped."""
+    mapped = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line
+    ]
+    return sum(int(end, 16) - int(begin, 16) >= 1 << 20 for begin, end in mapped)
+
+
 def try_to_change(shared: Any) -> str:
     """Write to a shared array, and return the error."""
     try:

@@ -18,6 +18,8 @@ import pytest
 import taskpool
 from taskpool import _share
 from taskpool._engine import memory
+from taskpool._engine.channel import Channel
+from taskpool._engine.sharing import KEY
 from tests import processes, tasks
 from tests.helpers import PATIENCE, Backend, on_all, on_every_host, on_hosts, outcome, wait_until
 from tests.scripts import run_main
@@ -158,11 +160,13 @@ def test_workers_forget_what_was_dropped(pool: Pool) -> None:
     """And have none of its memory any more."""
     executor = pool(1)
     handles = [taskpool.share(_array()) for _ in range(3)]
+    before = executor.submit(tasks.count_mapped).result(PATIENCE)  # a worker that was forked has the handles by now
     assert sum(executor.map(tasks.shared_total, handles)) == 3 * TOTAL
     handles.pop()
     _forgotten(executor, 2)
     handles.clear()
     _forgotten(executor)
+    assert executor.submit(tasks.count_mapped).result(PATIENCE) == before
     assert processes.in_memory_files() < SIZE
 
 
@@ -193,6 +197,23 @@ def test_handles_that_are_dropped_by_the_thousand(pool: Pool, tmp_path: Path) ->
     (tmp_path / "release").touch()
     assert future.result(PATIENCE) == 1
     _forgotten(executor)
+
+
+def test_words_about_them_leave_room_for_a_task() -> None:
+    """In a pipe that nobody reads for now; and none is lost, also where the pipe is full."""
+    channel = Channel()
+    keys = [os.urandom(KEY) for _ in range(50_000)]
+    channel.unsaid.extend(keys)
+    channel.say()
+    assert channel.send_packet(b"a task")
+    channel.take_back()
+    assert sorted(channel.unsaid) == sorted(keys)
+    channel.said = 0
+    while channel.send_packet(b"a task"):
+        pass
+    channel.say()
+    assert sorted(channel.unsaid) == sorted(keys)
+    channel.close()
 
 
 def test_many_handles_take_few_descriptors(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
