@@ -1140,3 +1140,175 @@ def report_and_return(value: Any) -> Any:
     """Report, and return the value."""
     report(1, 2)
     return value
+
+
+# ---------------------------------------------------------------------------------------------- large data
+
+_held: list[Any] = []  # what tasks of this process keep
+
+
+def total(value: Any) -> float:
+    """Return the sum of an array."""
+    return float(value.sum())
+
+
+def filled(size: int, number: float) -> Any:
+    """Return an array of so many bytes, full of one number."""
+    import numpy as np
+
+    return np.full(size // 8, number)
+
+
+def keep(value: Any) -> int:
+    """Keep the argument in a global, and return how many there are."""
+    _held.append(value)
+    return len(_held)
+
+
+def kept_totals() -> list[float]:
+    """Return the sums of the arrays that this process keeps."""
+    return [total(value) for value in _held]
+
+
+def look_in_a_child(value: Any, release: Path, path: Path) -> int:
+    """Start a child that looks at the argument when a file exists, long after this task, and notes the sum."""
+    child = os.fork()
+    if not child:
+        await_file(release)
+        note(path, total(value))
+        os._exit(0)
+    return child
+
+
+def refuse_blocks() -> None:
+    """From now on this process cannot open the blocks of others, as if it were another user's."""
+    from taskpool._engine import memory
+
+    def refuse(*_: object) -> NoReturn:
+        raise memory.BlockError("not allowed")
+
+    memory.open_file = refuse
+
+
+def before_each_write_to_a_block(act: Callable[[int], object], most: int) -> None:
+    """From now on this process writes so many bytes at once into blocks, and calls `act` with how many it has written."""
+    from taskpool._engine import memory
+
+    note_written = memory.Lent._note
+
+    def noting(lent: Any, size: int) -> None:
+        act(lent._words[lent._written])
+        note_written(lent, size)
+
+    memory.WRITE, memory.Lent._note = most, noting  # type: ignore[method-assign]
+
+
+def die_in_a_block(size: int) -> Any:
+    """Return an array, and die when half of it lies in the parent's block."""
+    before_each_write_to_a_block(lambda _: kill_itself(), size // 2)
+    return filled(size, 13.0)
+
+
+def write_slowly_to_a_block(size: int, pause: float) -> Any:
+    """Return an array that takes ten pauses to be stored."""
+    before_each_write_to_a_block(lambda _: time.sleep(pause), size // 10)
+    return filled(size, 5.0)
+
+
+def count_copies() -> None:
+    """From now on note each argument that is copied since somebody still has it at the end of the task."""
+    from taskpool._engine import memory
+
+    own = memory._own
+
+    def owning(mapped: Any) -> None:
+        _held.append(mapped)
+        own(mapped)
+
+    memory._own = owning
+
+
+def count_held() -> int:
+    """Return how many things this process keeps."""
+    return len(_held)
+
+
+class Scales:
+    """A function that has large data with it."""
+
+    def __init__(self, size: int) -> None:
+        self.data = filled(size, 2.0)
+
+    def __call__(self, number: int) -> float:
+        """Use it."""
+        return number * float(self.data[number])
+
+
+def shared_total(shared: Any, number: float = 0.0) -> float:
+    """Return the sum of a shared array, and a number."""
+    return total(shared.value) + number
+
+
+def sum_of_inner(shared: Any) -> float:
+    """Return the sum of the arrays that are shared inside a shared list."""
+    return sum(map(shared_total, shared.value))
+
+
+def count_shared() -> int:
+    """Return how many shared values this process keeps."""
+    from taskpool import _share
+
+    return len(_share._kept)
+
+
+def count_mapped() -> int:
+    """Return how many large blocks this process has mapped."""
+    mapped = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line
+    ]
+    return sum(int(end, 16) - int(begin, 16) >= 1 << 20 for begin, end in mapped)
+
+
+def try_to_change(shared: Any) -> str:
+    """Write to a shared array, and return the error."""
+    try:
+        shared.value[0] = 7.0
+    except ValueError as error:
+        return str(error)
+    return "changed"
+
+
+def keep_shared(shared: Any) -> None:
+    """Be an initializer that keeps a shared value."""
+    _held.append(shared)
+
+
+def kept_shared_total() -> float:
+    """Return the sum of what the initializer keeps."""
+    return shared_total(_held[-1])
+
+
+def shared_total_below(shared: Any, counts: bool = False) -> list[Any]:
+    """Give a shared value to workers of this worker's own; return the sums, and how many they keep afterwards."""
+    with taskpool.Executor(2) as pool:
+        return [*pool.map(shared_total, [shared] * 3), pool.submit(count_shared).result(PATIENCE) if counts else None]
+
+
+class SharesItself:
+    """Shares its data whenever it is pickled."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharesItself, (taskpool.share(self.data),)
+
+
+def totals_of(*values: SharesItself) -> float:
+    """Return the sum of what they share."""
+    return sum(shared_total(value.data) for value in values)
+
+
+def first_of(shared: list[Any]) -> float:
+    """Return the sum of the only shared array in a list."""
+    return shared_total(shared[0])

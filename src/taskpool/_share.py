@@ -23,6 +23,8 @@ from taskpool.errors import NotSendableError
 
 T = TypeVar("T")
 
+SMALL = 1024  # bytes of a value that travels with its handle: it needs no descriptor then
+
 
 class Shared(Generic[T]):
     """A handle on a value that many tasks use. Made by `share`; goes to tasks as an argument, by itself or inside others.
@@ -32,10 +34,12 @@ class Shared(Generic[T]):
     they should not be changed, since the tasks of one worker have them in common.
 
     It is freed with the last handle of the program. Tasks that wait or run count: one may drop the handle as soon as
-    they are submitted.
+    they are submitted. A result that has not been asked for does not: to get a handle back from a task one must keep it.
     """
 
-    def __init__(self, key: bytes, pickled: Pickled, block: Block | None = None, keeps: Sequence[object] = ()) -> None:
+    def __init__(
+        self, key: bytes, pickled: Pickled, block: Block | None = None, keeps: Sequence[sharing.Handle] = ()
+    ) -> None:
         self._key = key
         self._pickled = pickled
         self._block = block  # in the process that made it
@@ -66,6 +70,8 @@ class Shared(Generic[T]):
     def sent_by(self, engine: sharing.Engine) -> None:
         """Note that workers of an engine may get it."""
         self._told.add(engine)
+        for handle in self._keeps:  # workers get those with the value
+            handle.sent_by(engine)
 
     def __del__(self) -> None:
         """Have the workers forget it, and free the memory."""
@@ -93,23 +99,23 @@ def share(value: T) -> Shared[T]:
     Raises:
         NotSendableError: If it cannot be pickled.
     """
-    sharing.carried.take()
     try:
-        pickled = wire.dumps_for_worker(value, has_large=True)
+        with sharing.carried as handles:
+            pickled = wire.dumps_for_worker(value, has_large=True)
     except Exception as cause:
         kind = type(value).__qualname__
         raise NotSendableError(
             f"a value of type {kind} cannot be shared, since it cannot be pickled: {type(cause).__name__}: {cause}"
         ) from cause
     block, pickled = _stored(pickled)
-    handle: Shared[T] = Shared(os.urandom(16), pickled, block, sharing.carried.take())
+    handle: Shared[T] = Shared(os.urandom(sharing.KEY), pickled, block, handles)
     _known[handle._key] = handle
     return handle
 
 
 def _stored(pickled: Pickled) -> tuple[Block | None, Pickled]:
     """Return the block that the value is put into, if there can be one, and what says where it lies."""
-    if memory.can_share():
+    if pickled.size > SMALL and len(_known) < memory.most_files() and memory.can_share():
         with contextlib.suppress(OSError):  # no room, or no descriptor left: then it travels
             parts = pickled.parts()
             offsets, end = memory.laid_out(parts)
@@ -132,9 +138,11 @@ def _receive(key: bytes, *pickled: Any) -> Shared[Any]:
     return handle
 
 
-def _forget(key: bytes) -> None:
-    _kept.pop(key, None)
+def _forget(keys: bytes) -> None:
+    for key in sharing.keys_in(keys):
+        handle = _kept.pop(key, None)
+        if handle is not None and handle._pid != os.getpid():
+            handle._loaded.clear()  # this process was forked from the one that shared it, and has its handle for ever
 
 
-sharing.is_used = True
 sharing.on_forget = _forget

@@ -24,11 +24,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from taskpool._engine import descriptors, memory, spin, wire
+from taskpool._engine import descriptors, memory, sharing, spin, wire
 from taskpool._engine.descriptors import close_kept, keep_from_children, memory_file
 from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
 
 PACKET = 4096  # PIPE_BUF: the largest write that is atomic, and the largest packet
+KEYS = 240  # of shared values, that fit into a packet
 PACKETS = 128  # how many packets may lie in a task pipe, where the system allows
 STACK_AT = 4096  # the stack's place in the page file, behind the words
 PAGE_SIZE = 64 * 1024
@@ -160,7 +161,9 @@ class Channel:
         self.has_life = True  # whether the life pipe's writing end is open
         self._reader = wire.FrameReader()
         self._sending: list[memoryview] = []
-        self.unsaid: deque[bytes] = deque()  # words beside the tasks that could not be sent yet
+        self.unsaid: deque[bytes] = deque()  # keys of shared values that the worker shall forget
+        self.said = 0  # packets of them that it has perhaps not read
+        self._most_said = _packets_in(self.tasks) // 2
         self._fetched: deque[bytes] = deque()  # read, and not looked at yet
         self.lent: memory.Block | None = None  # for the worker's next large result
         self.received = 0
@@ -171,7 +174,7 @@ class Channel:
     def send_packet(self, packet: bytes) -> bool:
         """Write a frame of at most PACKET bytes: all of it, or nothing and False. Never blocks."""
         try:
-            return os.write(self.tasks, packet) == len(packet)
+            return len(packet) <= PACKET and os.write(self.tasks, packet) == len(packet)
         except OSError:  # it is full, or nobody reads it any more
             return False
 
@@ -192,16 +195,22 @@ class Channel:
         whole = PACKET * (len(packets) - 1)
         return len(packets) if sent > whole else sent // PACKET
 
-    def say(self, packet: bytes) -> None:
-        """Send a word beside the tasks, or keep it until the worker has nothing else."""
-        if self._sending or not self.send_packet(packet):
-            self.unsaid.append(packet)
+    def say(self) -> None:
+        """Send what the worker shall forget. Only in front of tasks, or while it has none.
 
-    def say_rest(self) -> None:
-        """Send what was kept: the worker has nothing else, so there is room."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self.send_packet(self.unsaid.popleft())
+        Never so much that the pipe is full, since nobody would notice when there is room for a task again. The rest
+        goes with the next tasks.
+        """
+        while self.unsaid and self.said < self._most_said and not self._sending:
+            keys: list[bytes] = []
+            with contextlib.suppress(IndexError):
+                while len(keys) < KEYS:
+                    keys.append(self.unsaid.popleft())
+            self.said += 1
+            body = Pickled(b"".join(keys))
+            if not self.send_packet(wire.frame_head(wire.FORGET, 0, body) + body.stream):
+                self.unsaid.extend(keys)
+                return
 
     def begin_large(self, parts: list[Bytes]) -> None:
         """Begin to send a frame of any size; `continue_large` sends what the pipe does not take at once."""
@@ -240,7 +249,7 @@ class Channel:
             with contextlib.suppress(BlockingIOError):
                 while packet := os.read(self.unread, PACKET):
                     if packet[0] == wire.FORGET:
-                        self.unsaid.append(packet)
+                        self.unsaid.extend(sharing.keys_in(packet[wire.ONE_PART.size :]))
                     elif len(packet) >= wire.FRAME.size:
                         ids.add(wire.unit_of(packet))
         return ids
@@ -337,6 +346,13 @@ class Channel:
         view = memory.hand(block, end, free)
         return [view[place.offset : place.offset + place.size] for place in found]
 
+    def take_lent(self) -> memory.Block | None:
+        """Take the lent block from a worker that has no task, and so writes nothing."""
+        block, self.lent = self.lent, None
+        if block is not None:
+            self.page.words[TURN] -= 1  # the last one that it has used
+        return block
+
     def progress(self) -> int:
         """Return a number that grows with what the worker has written of its outcomes."""
         return self.received + self.page.words[WRITTEN]
@@ -379,6 +395,13 @@ def _packet_pipe(opened: list[int]) -> tuple[int, int]:
     with contextlib.suppress(OSError):
         fcntl.fcntl(ends[1], _F_SETPIPE_SZ, PACKETS * PACKET)
     return ends
+
+
+def _packets_in(pipe: int) -> int:
+    """Return how many packets a pipe takes, at least two."""
+    with contextlib.suppress(AttributeError, OSError):  # another system
+        return max(2, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // PACKET)
+    return 2
 
 
 def _reopen(task_r: int) -> int | None:

@@ -15,6 +15,7 @@ from taskpool._engine import stop
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
 from taskpool._engine.loop import Loop
+from taskpool._engine.memory import KEEP, Block
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
@@ -214,11 +215,13 @@ class Crew:
         are_others = any(worker.state in (STARTING, SERVING) for worker in self.workers)
         self._starts.failed(reason, count=count, are_others=are_others)
 
-    def say_to_all(self, packet: bytes) -> None:
-        """Send every worker that serves a word beside its tasks."""
+    def forget(self, key: bytes) -> None:
+        """Have every worker that serves drop a shared value: at once, or in front of its next task."""
         for worker in list(self.workers):
             if worker.state == SERVING:
-                worker.channel.say(packet)
+                worker.channel.unsaid.append(key)
+                if not worker.inflight:
+                    worker.channel.say()
 
     # Wait for work
 
@@ -231,12 +234,25 @@ class Crew:
         worker.since = now()
         worker.turn += 1
         if worker.channel.unsaid:
-            worker.channel.say_rest()
+            worker.channel.say()
         self.idle.append(worker)
         if worker.state != SERVING:  # by a thread that was held up for long; a burial sets this, then looks there
             self.remove_from_idle(worker)
         if self._settings.idle_timeout is not None:
             self._loop.look_by(worker.since + self._settings.idle_timeout)
+        if worker.channel.lent is not None:
+            self._loop.look_by(worker.since + KEEP)
+
+    def take_lent(self, free: Callable[[Block], None]) -> None:
+        """Free the blocks that were lent to workers which have had no task for a while."""
+        for worker in [worker for worker in list(self.idle) if worker.channel.lent is not None]:
+            if worker.since + KEEP > now():
+                self._loop.wake_by(worker.since + KEEP)
+            elif self.remove_from_idle(worker):
+                block = worker.channel.take_lent()
+                self.make_idle(worker)
+                if block is not None:
+                    free(block)
 
     def take_idle(self) -> WorkerHandle | None:
         """Take a worker that waits, the one that has waited least."""

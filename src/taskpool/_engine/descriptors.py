@@ -32,10 +32,10 @@ class _ParentEnds:
         self.lock.release()
 
     def _close_in_child(self) -> None:
-        for fd in self.fds:
+        fds, self.fds = self.fds, set()  # the garbage collector may come in between, and close one here that is gone
+        for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        self.fds.clear()
         self.lock = threading.RLock()
 
     def close(self, fd: int) -> None:

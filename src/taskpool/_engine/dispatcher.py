@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from taskpool._engine import wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.crew import END_TIME, Counts, Crew, Settings
 from taskpool._engine.deadlines import Deadlines
@@ -163,7 +162,7 @@ class Dispatcher:
 
     def forget(self, key: bytes) -> None:
         """Have the workers drop a shared value. Never blocks."""
-        self._loop.post(self._crew.say_to_all, wire.frame_head(wire.FORGET, 0, wire.Pickled(key)) + key)
+        self._loop.post(self._crew.forget, key)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a worker has this future's task in hand right now."""
@@ -237,6 +236,7 @@ class Dispatcher:
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
+            self._crew.take_lent(self.blocks.give_back)
             self.blocks.trim()
         if self._feeder.can_feed or self._crew.idle:
             self._feeder.feed()

@@ -119,6 +119,8 @@ class WorkerHandle:
         """Send units whose frames fit into a packet each; return those for which the pipe has no room."""
         if not self.inflight:
             self.since = time.monotonic()
+        if self.channel.unsaid:
+            self.channel.say()
         self.inflight.extend(units)
         sent = self.channel.send_packets([unit.packet() for unit in units])
         for _ in range(len(units) - sent):
@@ -128,6 +130,7 @@ class WorkerHandle:
     def begin_large(self, unit: Unit) -> None:
         """Begin to send a unit of any size; the worker has nothing else."""
         self.since = time.monotonic()
+        self.channel.say()
         self.inflight.append(unit)
         self.channel.begin_large(unit.frame())
 
@@ -158,6 +161,7 @@ class WorkerHandle:
     def finished_one(self, seconds: float) -> None:
         """Note that the unit at the head is done."""
         self.served += self.inflight.popleft().tasks
+        self.channel.said = 0  # it has read what was sent before that
         self.since = time.monotonic()
         known = self.seconds
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds

@@ -15,6 +15,7 @@ dropped, unless a child was forked meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import struct
@@ -36,6 +37,7 @@ KEEP = 2.0  # seconds that a free block is kept,
 MOST_KEPT = 512 << 20  # ... and bytes that they may have in all
 HANDED = 1 << 20  # results of this size are handed on as they lie, others are copied out of the block,
 MOST_HANDED = 64  # ... and so are those that come while the user holds so many, each with its descriptors
+DESCRIPTORS = 10  # one in so many of those that the process may have is for each kind of block
 WRITE = 4 << 20  # bytes that are written at once
 ALIGNED = 64  # bytes, to which parts are aligned, as NumPy aligns its own
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: get pages of one's own, with what they hold
@@ -56,8 +58,16 @@ class Place(NamedTuple):
 
 
 def can_share() -> bool:
-    """Whether other processes can open this one's files."""
-    return os.path.exists("/proc/self/fd")
+    """Whether other processes of the user can open this one's files."""
+    try:
+        return os.stat("/proc/self/fd").st_uid == os.geteuid()  # root's if the process does not let others look at it
+    except OSError:
+        return False
+
+
+def most_files() -> int:
+    """Return how many blocks there may be of each kind: that wait for a task, that are free, that are shared."""
+    return os.sysconf("SC_OPEN_MAX") // DESCRIPTORS
 
 
 def pack(places: Sequence[Place], owner: int | None = None) -> bytes:
@@ -104,19 +114,17 @@ def capacity_for(size: int) -> int:
 class Block:
     """A file of memory. It takes no room where nothing has been written."""
 
+    fd = -1
+    _map: mmap.mmap | None = None
+
     def __init__(self, capacity: int) -> None:
         with no_forks():
-            self.fd: int = memory_file()
+            self.fd = memory_file()
             keep_from_children({self.fd})
-        try:
-            os.ftruncate(self.fd, capacity)
-            self.inode: int = os.fstat(self.fd).st_ino
-        except BaseException:
-            self.close()
-            raise
+        os.ftruncate(self.fd, capacity)
+        self.inode: int = os.fstat(self.fd).st_ino
         self.capacity: int = capacity
         self.returned: float = 0.0  # since when it is free (monotonic)
-        self._map: mmap.mmap | None = None
 
     def write(self, parts: Sequence[Part], offsets: Sequence[int]) -> None:
         """Copy parts to where they belong."""
@@ -131,8 +139,19 @@ class Block:
     def view(self, size: int) -> memoryview:
         """Return the first bytes."""
         if self._map is None:
-            self._map = mmap.mmap(self.fd, self.capacity)
+            try:
+                self._map = mmap.mmap(self.fd, self.capacity)
+            except OSError:  # no descriptor left for it
+                return memoryview(self.copy(size))
         return memoryview(self._map)[:size]
+
+    def copy(self, size: int) -> bytearray:
+        """Return a copy of the first bytes; needs no descriptor, and lets go of the GIL."""
+        copy = bytearray(size)
+        view = memoryview(copy)
+        while view:
+            view = view[os.preadv(self.fd, [view], size - len(view)) :]
+        return copy
 
     def reaches(self, end: int) -> bool:
         """Whether the file has so many bytes; somebody else may have made it larger."""
@@ -148,14 +167,21 @@ class Block:
             self.fd = -1
         self._map = None  # unmapped at once, unless somebody still looks at it
 
+    def __del__(self) -> None:
+        """Close it: a signal handler raised where it was between two hands."""
+        self.close()
+
 
 class Lease:
     """A block in use for one part, or several, of pickles that wait or run; free again with the last reference to this."""
+
+    fds: set[int] = set()  # of all there are  # noqa: RUF012
 
     def __init__(self, free: Callable[[Block], None], block: Block, size: int) -> None:
         self._free = free
         self.block = block
         self.size = size
+        self.fds.add(block.fd)
 
     def place(self, offset: int, size: int) -> Place:
         """Say where a part lies."""
@@ -167,6 +193,7 @@ class Lease:
 
     def __del__(self) -> None:
         """Free the block."""
+        self.fds.discard(self.block.fd)
         self._free(self.block)
 
 
@@ -185,13 +212,14 @@ class Blocks:
         self._look_by = look_by
         self._free: dict[int, deque[Block]] = {}  # by capacity
         self._recent: deque[weakref.ref[Lease]] = deque(maxlen=4)  # large parts that may come again
+        self._pid = os.getpid()
         self._closed = False
 
     def store(self, parts: Sequence[Part]) -> tuple[list[Lease], list[Place]]:
         """Copy parts into blocks; return what keeps them there, and where they lie, in the same order.
 
         Raises:
-            OSError: If there is no room, or no descriptor left.
+            OSError: If there is no room, or no descriptor left for this.
         """
         together = [part for part in parts if size_of(part) < ALONE]
         offsets, end = laid_out(together)
@@ -216,6 +244,8 @@ class Blocks:
         return lease
 
     def _lease(self, parts: Sequence[Part], offsets: Sequence[int], end: int) -> Lease:
+        if len(Lease.fds) >= most_files():  # so much waits that the program itself might find no descriptor
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         lease = Lease(self.give_back, self.take(end), end)
         lease.block.write(parts, offsets)
         return lease
@@ -233,15 +263,22 @@ class Blocks:
 
     def give_back(self, block: Block) -> None:
         """Take a block that nobody uses any more."""
+        if self._pid != os.getpid():  # a child that was forked: none of this is its own, nor may it wake the loop
+            return
         block.returned = now()
-        kept = sum(capacity * len(free) for capacity, free in list(self._free.items()))
-        if self._closed or kept + block.capacity > MOST_KEPT or block.fd < 0:
+        if self._closed or block.fd < 0 or not self._has_room(block.capacity):
             block.close()
             return
         self._free.setdefault(block.capacity, deque()).append(block)
         self._look_by(block.returned + KEEP)
         if self._closed:  # just now
             self.trim(0.0)
+
+    def _has_room(self, capacity: int) -> bool:
+        """Whether one more may be kept."""
+        kept = [(each, len(free)) for each, free in list(self._free.items())]
+        size = capacity + sum(each * count for each, count in kept)
+        return size <= MOST_KEPT and sum(count for _, count in kept) < most_files()
 
     def trim(self, keep: float = KEEP) -> None:
         """Close what has been free for so many seconds."""
@@ -281,15 +318,16 @@ class Handed(mmap.mmap):
 
 def hand(block: Block, size: int, free: Callable[[Block], None]) -> memoryview:
     """Return the first bytes of a block, to be kept by the user for as long as he likes; then the block is freed."""
-    if size < max(HANDED, block.capacity // 4) or Handed._count >= MOST_HANDED:
-        copy = bytearray(block.view(size))
-        free(block)
-        return memoryview(copy)
-    handed = Handed(block.fd, size, flags=mmap.MAP_PRIVATE)
-    handed.free, handed.born = free, Handed._forks
-    Handed._count += 1
-    handed.block = block
-    return memoryview(handed)
+    if size >= max(HANDED, block.capacity // 4) and Handed._count < MOST_HANDED:
+        with contextlib.suppress(OSError):  # no descriptor left for it
+            handed = Handed(block.fd, size, flags=mmap.MAP_PRIVATE)
+            handed.free, handed.born = free, Handed._forks
+            Handed._count += 1
+            handed.block = block
+            return memoryview(handed)
+    copy = block.copy(size)
+    free(block)
+    return memoryview(copy)
 
 
 def _note_fork() -> None:
@@ -297,7 +335,8 @@ def _note_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_fork)
+    # Twice: another thread may hand something out between the first time and the fork itself.
+    os.register_at_fork(before=_note_fork, after_in_parent=_note_fork)
 
 
 def are_equal(ours: memoryview, theirs: Bytes) -> bool:
@@ -396,6 +435,8 @@ def _map(owner: int, place: Place, size: int, prot: int) -> mmap.mmap:
     fd = open_file(owner, place.fd, place.inode, os.O_RDONLY)
     try:
         return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=prot)
+    except OSError as error:  # no descriptor left, say: through the pipe it can still come
+        raise BlockError(f"a block of process {owner} cannot be mapped: {error}") from error
     finally:
         os.close(fd)
 

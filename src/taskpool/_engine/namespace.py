@@ -104,6 +104,7 @@ def _main() -> dict[str, Any]:
     where an initializer puts what it makes.
     """
     names = vars(sys.modules["__main__"])
+    names.setdefault("__builtins__", builtins)  # the template's is a bare module; where C code imports, it is asked for
     for value in tuple(names.values()):
         if type(value) is FunctionType and value.__globals__.get("__name__") == "__mp_main__":
             return value.__globals__

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
+
+KEY = 16  # bytes
 
 
 class Engine(Protocol):
@@ -23,22 +24,32 @@ class Handle(Protocol):
 
 
 class Carried(threading.local):
-    """The handles that this thread has pickled since it last asked."""
+    """Collects the handles that this thread pickles in a `with` block, and keeps them: nobody else may.
+
+    The blocks may be nested: what is pickled may share something when it is.
+    """
 
     def __init__(self) -> None:
-        self._handles: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._found: list[list[Handle]] = []
+
+    def __enter__(self) -> list[Handle]:
+        found: list[Handle] = []
+        self._found.append(found)
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        self._found.pop()
 
     def add(self, handle: Handle) -> None:
         """Note a handle, in the middle of a pickle."""
-        self._handles.add(handle)
-
-    def take(self) -> list[Handle]:
-        """Return those noted so far."""
-        handles = list(self._handles)
-        self._handles.clear()
-        return handles
+        if self._found:
+            self._found[-1].append(handle)
 
 
-is_used = False  # whether this process has ever had a handle
+def keys_in(data: bytes) -> list[bytes]:
+    """Return the keys that stand one behind the other."""
+    return [data[at : at + KEY] for at in range(0, len(data), KEY)]
+
+
 carried = Carried()
-on_forget: Callable[[bytes], object] = repr  # called with the key of a value that the program has dropped
+on_forget: Callable[[bytes], object] = repr  # called with the keys of values that the program has dropped

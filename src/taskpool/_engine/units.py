@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taskpool._current import name_of
-from taskpool._engine import exceptions, payloads, wire
+from taskpool._engine import exceptions, payloads, sharing, wire
 from taskpool._engine.memory import Blocks
 from taskpool._engine.outcomes import (
     EncodedError,
@@ -18,6 +18,7 @@ from taskpool._engine.outcomes import (
     EncodedValues,
 )
 from taskpool._engine.payloads import Payload
+from taskpool._engine.sharing import Handle
 from taskpool._engine.wire import Bytes, Frame, Pickled
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
@@ -64,7 +65,7 @@ class Call:
         self._large: Payload | None = None if isinstance(payload, Pickled) else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
-        self.keeps: Sequence[object] = ()  # what must live as long as it waits or runs
+        self.keeps: Sequence[Handle] = ()  # on shared values, which must live as long as it waits or runs
 
     @property
     def name(self) -> str:
@@ -83,7 +84,9 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        body = Pickled(self._small) if self._large is None else self._large.pickled()
+        body = (
+            Pickled(self._small) if self._large is None else self._large.pickled()
+        )  # once: blocks may fail any moment
         limit = self.options.task_timeout or 0.0
         head = wire.frame_head(
             wire.CALL, self.id, body, index=self.future.order, count=1, seconds=limit, attempt=self.attempt
@@ -176,6 +179,8 @@ class Call:
 
 class Piece:
     """Neighbouring items of a map, pickled together. Ranges of it go to workers until nothing is left to do."""
+
+    keeps: Sequence[Handle] = ()  # on shared values, as a call has them
 
     def __init__(self, job: MapJob, first: int, items: Sequence[Any], payload: Payload, blocks: Blocks) -> None:
         self.order = next(_ids)
@@ -398,20 +403,28 @@ def make_call(
 ) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
-        pickled = wire.dumps_call(fn, args, kwargs, options.name)
+        with sharing.carried as handles:
+            pickled = wire.dumps_call(fn, args, kwargs, options.name)
     except Exception as cause:
         # What cannot be pickled is looked for by pickling each part again.
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
         parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
         future.finish(Failure(_not_sendable(parts, cause)))
         return None
-    return Call(future, pickled if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
+    call = Call(future, pickled if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
+    call.keeps = handles
+    return call
 
 
 def make_piece(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
-    pickled = _dump_items(job, first, items)
-    return None if pickled is None else Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
+    with sharing.carried as handles:
+        pickled = _dump_items(job, first, items)
+    if pickled is None:
+        return None
+    piece = Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
+    piece.keeps = handles
+    return piece
 
 
 def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> Pickled | None:
@@ -428,11 +441,14 @@ def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> Pickled | None
 def make_pieces(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> list[Piece]:
     """Pickle items of a map: together, or in halves where they are too large together or one of them fails."""
     try:
-        pickled = _dump_items(job, first, items)
+        with sharing.carried as handles:
+            pickled = _dump_items(job, first, items)
     except Exception:
         pickled = None
     if pickled is not None and (len(items) == 1 or pickled.size <= LARGEST_PAYLOAD):
-        return [Piece(job, first, items, payloads.keep(pickled, blocks), blocks)]
+        piece = Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
+        piece.keeps = handles
+        return [piece]
     if len(items) == 1:
         return []
     half = len(items) // 2

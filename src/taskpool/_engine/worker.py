@@ -279,7 +279,8 @@ class Worker:
         seconds: float = 0.0,
     ) -> None:
         self._words[PHASE] = WRITING
-        if memory.mappings and (frame.kind != wire.RANGE or index + count >= frame.item + frame.items or not count):
+        goes_on = frame.kind == wire.RANGE and count > 0 and index + count < frame.item + frame.items
+        if memory.mappings and (not goes_on or kind == wire.INTERRUPTED):
             memory.mappings.part()  # the parent may use its blocks for something else as soon as it has this outcome
         _flush()
         head = wire.frame_head(kind, frame.unit, body, index=index, count=count, started=started, seconds=seconds)
@@ -377,8 +378,8 @@ class RangeRun:
             self._report_one(*outcome)
 
     def drop_items(self) -> None:
-        """Let go of the items, and of the memory in which they lie: none will run any more."""
-        self._items = ()
+        """Let go of the items, the function, and the memory in which they lie: none will run any more."""
+        self._items, self._fn = (), repr
 
     def _run_some(self) -> None:
         # A look at the clock behind each item, so that no outcome waits for a slow neighbour: items run until their time
@@ -443,6 +444,8 @@ class RangeRun:
 
     def _write(self, seconds: float) -> None:
         report, first, values = self.worker._report, self.first, self.values
+        if self.index >= self.end:
+            self.drop_items()
         try:
             kind, body = self._dump_all()
         except BaseException:
@@ -450,8 +453,6 @@ class RangeRun:
         else:
             started, count = self.group_started, len(values)
             values.clear()
-            if self.index >= self.end:
-                self.drop_items()
             body = self.worker._moved(body)
             report(kind, self.frame, body, index=first, count=count, started=started, seconds=seconds)
 

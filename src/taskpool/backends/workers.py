@@ -39,10 +39,12 @@ class WorkersBackend(Backend):
         if not uses_template:
             refuse(name, preload=setup.preload)
         host, initializer = _make_host(name, setup, uses_template=uses_template)
+        with sharing.carried as handles:
+            pickled = _pickle_setup(setup, initializer or functions.Globals(setup.initializer))
         settings = Settings(
             name=setup.name,
             max_workers=setup.max_workers,
-            setup=_pickle_setup(setup, initializer or functions.Globals(setup.initializer)),
+            setup=pickled,
             has_initializer=setup.initializer is not None,
             start_timeout=setup.start_timeout,
             max_tasks=setup.max_tasks_per_child,
@@ -50,7 +52,8 @@ class WorkersBackend(Backend):
             listeners=setup.listeners,
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue)
-        self._keeps = self._carried()  # of the initializer's arguments
+        self._keeps = handles  # of the initializer's arguments
+        self._note_sent(handles)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -72,8 +75,7 @@ class WorkersBackend(Backend):
         call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
-        if sharing.is_used:
-            call.keeps = self._carried()
+        self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
@@ -88,15 +90,14 @@ class WorkersBackend(Backend):
             raise dispatcher.broken()
         dispatcher.start()
         pieces = make_pieces(job, first, items, dispatcher.blocks)
-        self._carried()
+        for piece in pieces:
+            self._note_sent(piece.keeps)
         dispatcher.submit_pieces(pieces)
 
-    def _carried(self) -> list[sharing.Handle]:
-        """Return the handles on shared values that were pickled just now; from now on they know that workers have them."""
-        handles = sharing.carried.take()
+    def _note_sent(self, handles: Sequence[sharing.Handle]) -> None:
+        """Let handles on shared values know that workers have them from now on."""
         for handle in handles:
             handle.sent_by(self._dispatcher)
-        return handles
 
     def cancel_job(self, job: MapJob, *, stop: bool) -> None:
         """Drop or stop what is left of a map. In a forked child there is nothing to do, and nobody to tell."""
