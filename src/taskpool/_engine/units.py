@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskpool._current import name_of
 from taskpool._engine import exceptions, payloads, sharing, wire
@@ -412,24 +412,26 @@ def make_call(
         future.finish(Failure(_not_sendable(parts, cause)))
         return None
     call = Call(future, pickled if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
-    call.keeps = handles
+    if handles:
+        call.keeps = handles
     return call
+
+
+class _Dumped(NamedTuple):
+    pickled: Pickled
+    handles: list[Handle]  # on shared values in it
 
 
 def make_piece(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
-    with sharing.carried as handles:
-        pickled = _dump_items(job, first, items)
-    if pickled is None:
-        return None
-    piece = Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
-    piece.keeps = handles
-    return piece
+    dumped = _dump_items(job, first, items)
+    return None if dumped is None else _keep_piece(job, first, items, dumped, blocks)
 
 
-def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> Pickled | None:
+def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> _Dumped | None:
     try:
-        return wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first)
+        with sharing.carried as handles:
+            return _Dumped(wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first), handles)
     except Exception as cause:
         if len(items) > 1:
             raise
@@ -438,17 +440,20 @@ def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> Pickled | None
         return None
 
 
+def _keep_piece(job: MapJob, first: int, items: Sequence[Any], dumped: _Dumped, blocks: Blocks) -> Piece:
+    piece = Piece(job, first, items, payloads.keep(dumped.pickled, blocks), blocks)
+    piece.keeps = dumped.handles
+    return piece
+
+
 def make_pieces(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> list[Piece]:
     """Pickle items of a map: together, or in halves where they are too large together or one of them fails."""
     try:
-        with sharing.carried as handles:
-            pickled = _dump_items(job, first, items)
+        dumped = _dump_items(job, first, items)
     except Exception:
-        pickled = None
-    if pickled is not None and (len(items) == 1 or pickled.size <= LARGEST_PAYLOAD):
-        piece = Piece(job, first, items, payloads.keep(pickled, blocks), blocks)
-        piece.keeps = handles
-        return [piece]
+        dumped = None
+    if dumped is not None and (len(items) == 1 or dumped.pickled.size <= LARGEST_PAYLOAD):
+        return [_keep_piece(job, first, items, dumped, blocks)]
     if len(items) == 1:
         return []
     half = len(items) // 2

@@ -75,7 +75,8 @@ class WorkersBackend(Backend):
         call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
-        self._note_sent(call.keeps)
+        if call.keeps:
+            self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
             dispatcher.submit(call)
