@@ -754,11 +754,12 @@ def test_an_end_resolves_what_waits_for_its_next_attempt(pool: Pool, tmp_path: P
     executor = pool(2, retry=taskpool.retry(2, wait=LONG))
     futures = [executor.submit(tasks.in_turn, tmp_path / f"{number}", FAILS) for number in range(3)]
     found = executor.outcomes(tasks.call, [WORKS, (tasks.in_turn, tmp_path / "item", FAILS)], ordered=True)
+    good = bounded(lambda: next(found))
     await_wait(executor, 4)
     with at_most(4):
         bounded(_ends(executor)[end])
     assert all(future.cancelled() for future in futures)
-    good, bad = found
+    (bad,) = found
     assert (good.ok, good.attempts) == (True, 1)
     assert (type(bad.error), bad.attempts) == (CancelledError, 1)
     assert [len(lines(tmp_path / name)) for name in ("0", "1", "2", "item")] == [1] * 4

@@ -114,7 +114,7 @@ def capacity_for(size: int) -> int:
 class Block:
     """A file of memory. It takes no room where nothing has been written."""
 
-    fd = -1
+    fd: int = -1
     _map: mmap.mmap | None = None
 
     def __init__(self, capacity: int) -> None:
