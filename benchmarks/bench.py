@@ -41,14 +41,16 @@ def measure_once(key: str, library: str) -> dict[str, float] | str | None:
     return json.loads(ended.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def measure_all(chosen: list[measures.Measure], names: list[str], rounds: int) -> dict[str, Any]:
+def measure_all(chosen: list[measures.Measure], names: list[str], rounds: int | None) -> dict[str, Any]:
     """Run every measure on every library, interleaved; return {measure: {library: {figure: [values]}}}."""
     results: dict[str, Any] = {measure.key: {} for measure in chosen}
     failed: set[tuple[str, str]] = set()
-    for turn in range(rounds):
+    for turn in range(rounds or max(measure.rounds for measure in chosen)):
         for measure in chosen:
-            for name in names:
+            for name in names if turn < (rounds or measure.rounds) else ():
                 if (measure.only and name not in measure.only) or (measure.key, name) in failed:
+                    continue
+                if turn and not libraries.ALL[name].peer:  # for scale; it starts slowly
                     continue
                 figures = measure_once(measure.key, name)
                 print(f"round {turn + 1}: {measure.key} {name} {figures}", file=sys.stderr, flush=True)
@@ -97,7 +99,7 @@ def main() -> None:
     """Measure, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the workloads that say most, once, on the main peers")
-    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=None, help="for every workload, in place of its own number")
     parser.add_argument("--only", nargs="+", choices=sorted(measures.BY_KEY), help="these workloads")
     parser.add_argument("--libraries", nargs="+", choices=list(libraries.ALL), help="these libraries")
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -111,7 +113,7 @@ def main() -> None:
         m for m in measures.ALL if (m.key in arguments.only if arguments.only else m.quick or not arguments.quick)
     ]
     names = arguments.libraries or (report.MAIN if arguments.quick else list(libraries.ALL))
-    results = measure_all(chosen, names, arguments.rounds or (1 if arguments.quick else 3))
+    results = measure_all(chosen, names, arguments.rounds or (1 if arguments.quick else None))
     found = {"machine": machine(), "limits": limits.all_limits(), "results": results}
     report.write(found, arguments.output)
     print((arguments.output / "table.md").read_text())

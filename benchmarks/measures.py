@@ -341,6 +341,7 @@ class Measure(NamedTuple):
         only: The libraries that it is run on; none is all.
         quick: Whether `--quick` has it.
         starts: Whether it takes a library's name and starts it itself.
+        rounds: How often it is run; several times where single runs differ much and are short.
     """
 
     key: str
@@ -350,9 +351,12 @@ class Measure(NamedTuple):
     only: tuple[str, ...] = ()
     quick: bool = False
     starts: bool = False
+    rounds: int = 1
 
 
 OURS = ("taskpool",)
+HOSTED = (*OURS, "taskpool futures", "taskpool pool")
+CLASSIC = ("multiprocessing.Pool", "ProcessPoolExecutor", "loky", "pebble")
 LIMITED = ("taskpool", "pebble", "deadpool")
 BY_METHOD = dict.fromkeys(("default", *METHODS), ("ms", False))
 LAZY = ("taskpool", "multiprocessing.Pool", "mpire")
@@ -364,7 +368,12 @@ def _payload(size: int, kind: str) -> Callable[[Any], Figures]:
 
 ALL: list[Measure] = [
     Measure(
-        "round-trip", "warm no-op round trip", round_trip, {"p50": ("µs", False), "p99": ("µs", False)}, quick=True
+        "round-trip",
+        "warm no-op round trip",
+        round_trip,
+        {"p50": ("µs", False), "p99": ("µs", False)},
+        quick=True,
+        rounds=3,
     ),
     Measure(
         "submits",
@@ -372,8 +381,9 @@ ALL: list[Measure] = [
         submits,
         {"rate": ("/s", True), "cpu": ("µs", False)},
         quick=True,
+        rounds=3,
     ),
-    Measure("map", "map of 1,000,000 items `x*x`", quick_map, {"rate": ("/s", True)}, quick=True),
+    Measure("map", "map of 1,000,000 items `x*x`", quick_map, {"rate": ("/s", True)}, quick=True, rounds=3),
     Measure("limited-map", "the same with `task_timeout=`, beside it", limited_map, {"ratio": ("x", False)}, only=OURS),
     Measure("milliseconds", "4,000 tasks of 1 ms", milliseconds, {"efficiency": ("", True)}),
     Measure("heavy-tail", "1,000 tasks of 0.2 ms to 0.4 s, worst order", heavy_tail, {"efficiency": ("", True)}),
@@ -383,12 +393,19 @@ ALL: list[Measure] = [
             f"{size} MB of {kind} there and back",
             _payload(size * BLOCK, kind),
             {"rate": ("GB/s", True)},
+            (*HOSTED, *CLASSIC, "Ray"),
             quick=size == 10,
         )
         for kind in ("bytes", "array")
         for size in (1, 10, 100)
     ),
-    Measure("same-array", "one array of 100 MB to 200 tasks", same_array, {"rate": ("/s", True)}),
+    Measure(
+        "same-array",
+        "one array of 100 MB to 200 tasks",
+        same_array,
+        {"rate": ("/s", True)},
+        (*OURS, *CLASSIC, "joblib", "Ray"),
+    ),
     Measure(
         "kept-array",
         "tasks that look at an array of 100 MB that their worker has",
@@ -415,7 +432,7 @@ ALL: list[Measure] = [
         quick=True,
     ),
     Measure("lazy-map", "5,000,000 lazy items", lazy_map, {"rate": ("/s", True), "growth": ("MB", False)}, only=LAZY),
-    Measure("idle", "idle for 20 s", idle, {"cpu": ("ms", False), "threads": ("", False)}),
+    Measure("idle", "idle for 20 s", idle, {"cpu": ("ms", False), "threads": ("", False)}, (*HOSTED, *CLASSIC)),
     Measure(
         "growth",
         "up to 1,000,000 waiting tasks beside 1,000 (the others: 100,000)",
