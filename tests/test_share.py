@@ -17,9 +17,9 @@ import pytest
 
 import taskpool
 from taskpool import _share
-from taskpool._engine import memory
+from taskpool._engine import descriptors, memory
 from taskpool._engine.channel import Channel
-from taskpool._engine.sharing import KEY
+from taskpool._engine.sharing import KEY, carried
 from tests import processes, tasks
 from tests.helpers import PATIENCE, Backend, on_all, on_every_host, on_hosts, outcome, wait_until
 from tests.scripts import run_main
@@ -81,6 +81,28 @@ def test_what_cannot_be_pickled_is_refused() -> None:
     """At once, with the type's name; and no block is left."""
     with pytest.raises(taskpool.NotSendableError, match="generator"):
         taskpool.share(tasks.generator())
+
+
+class _Interrupted(Exception):
+    """Raised by a signal handler."""
+
+
+def test_a_signal_handler_that_raises_is_not_to_blame_on_the_value() -> None:
+    """What it raises goes its way; and what it kept from its end keeps no handle."""
+
+    class PicklesAgain:
+        def __reduce__(self) -> tuple[Any, ...]:
+            if interruptions:
+                raise interruptions.pop()
+            return int, ()
+
+    interruptions = [_Interrupted(), _Interrupted()]  # one for each way to pickle
+    with pytest.raises(_Interrupted):
+        taskpool.share(PicklesAgain())
+    carried.__enter__()  # and the end of this never comes
+    before = len(_share._known)
+    pickle.dumps(taskpool.share(_array()))
+    assert len(_share._known) == before
 
 
 @on_every_host
@@ -255,6 +277,21 @@ def test_a_forked_child_neither_closes_nor_tells() -> None:
     assert key not in _share._known
 
 
+def test_what_the_very_end_frees_asks_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are empty by then."""
+    blocks = memory.Blocks(lambda _: None)
+    shared, block = taskpool.share(_array()), memory.Block(SIZE)
+    leases, _ = blocks.store([[bytes(SIZE)]])
+    with monkeypatch.context() as patch:
+        for module in (_share, memory, descriptors):
+            patch.setattr(module, "os", None)
+        for each in (shared, block, *leases):
+            each.__del__(lambda: True)  # type: ignore[attr-defined]
+    assert tasks.shared_total(shared) == TOTAL
+    leases.clear()
+    blocks.close()
+
+
 ALIVE = """
 import builtins, numpy as np, taskpool
 pool = executor(1)
@@ -265,7 +302,8 @@ shared = taskpool.share([Own(3), np.ones(1 << 17)])
 print(pool.submit(look, shared).result(), type(shared.value[0]) is Own)
 builtins.kept = [shared, pool.submit(np.ones, 1 << 18).result(), pool.submit(np.ones, 1 << 18).result(), pool]
 builtins.kept.append(builtins.kept)
-builtins.kept += [pool.submit(len, np.ones(1 << 18)) for _ in range(5)]
+sys.kept = [taskpool.share(np.ones(1 << 17)), pool.submit(np.ones, 1 << 18).result()]  # till there is no os any more
+sys.kept += [pool.submit(len, np.ones(1 << 18)), [module for name, module in sys.modules.items() if "taskpool" in name]]
 """
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from taskpool import _nesting
@@ -37,6 +37,8 @@ class Shared(Generic[T]):
     they are submitted. A result that has not been asked for does not: to get a handle back from a task one must keep it.
     """
 
+    _pid = 0
+
     def __init__(
         self, key: bytes, pickled: Pickled, block: Block | None = None, keeps: Sequence[sharing.Handle] = ()
     ) -> None:
@@ -44,9 +46,9 @@ class Shared(Generic[T]):
         self._pickled = pickled
         self._block = block  # in the process that made it
         self._keeps = keeps  # handles inside the value
-        self._pid = os.getpid()
         self._loaded: list[T] = []
         self._told: weakref.WeakSet[sharing.Engine] = weakref.WeakSet()  # whose workers may have it
+        self._pid = os.getpid()  # last: now it is whole
 
     @property
     def value(self) -> T:
@@ -73,9 +75,9 @@ class Shared(Generic[T]):
         for handle in self._keeps:  # workers get those with the value
             handle.sent_by(engine)
 
-    def __del__(self) -> None:
+    def __del__(self, is_over: Callable[[], bool] = memory.is_over) -> None:
         """Have the workers forget it, and free the memory."""
-        if self._pid != os.getpid():  # a child that was forked: nothing of this is its own
+        if is_over() or self._pid != os.getpid():  # a child that was forked: nothing of this is its own
             return
         for engine in list(self._told):
             engine.forget(self._key)
@@ -99,18 +101,26 @@ def share(value: T) -> Shared[T]:
     Raises:
         NotSendableError: If it cannot be pickled.
     """
-    try:
-        with sharing.carried as handles:
-            pickled = wire.dumps_for_worker(value, has_large=True)
-    except Exception as cause:
-        kind = type(value).__qualname__
-        raise NotSendableError(
-            f"a value of type {kind} cannot be shared, since it cannot be pickled: {type(cause).__name__}: {cause}"
-        ) from cause
+    with sharing.carried as handles:
+        pickled = _pickled(value)
     block, pickled = _stored(pickled)
     handle: Shared[T] = Shared(os.urandom(sharing.KEY), pickled, block, handles)
     _known[handle._key] = handle
     return handle
+
+
+def _pickled(value: object) -> Pickled:
+    try:
+        return wire.dumps_for_worker(value, has_large=True)
+    except Exception:
+        try:
+            wire.dumps_for_worker(value, has_large=True)
+        except Exception as cause:
+            kind = type(value).__qualname__
+            raise NotSendableError(
+                f"a value of type {kind} cannot be shared, since it cannot be pickled: {type(cause).__name__}: {cause}"
+            ) from cause
+        raise  # it can be pickled: it was a signal handler of the program that raised
 
 
 def _stored(pickled: Pickled) -> tuple[Block | None, Pickled]:

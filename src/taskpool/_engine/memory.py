@@ -19,6 +19,7 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import time
 import weakref
 from collections import deque
@@ -46,6 +47,7 @@ PLACE = struct.Struct("<QQQQ")
 OWNER = struct.Struct("<Q")
 
 now = time.monotonic
+is_over = sys.is_finalizing  # at the very end modules are empty, and the kernel frees everything; so a default argument
 
 
 class Place(NamedTuple):
@@ -167,9 +169,10 @@ class Block:
             self.fd = -1
         self._map = None  # unmapped at once, unless somebody still looks at it
 
-    def __del__(self) -> None:
+    def __del__(self, is_over: Callable[[], bool] = is_over) -> None:
         """Close it: a signal handler raised where it was between two hands."""
-        self.close()
+        if not is_over():
+            self.close()
 
 
 class Lease:
@@ -191,8 +194,10 @@ class Lease:
         """Whether it holds just these bytes."""
         return self.size == len(data) and are_equal(self.block.view(self.size), data)
 
-    def __del__(self) -> None:
+    def __del__(self, is_over: Callable[[], bool] = is_over) -> None:
         """Free the block."""
+        if is_over():
+            return
         self.fds.discard(self.block.fd)
         self._free(self.block)
 
@@ -305,9 +310,9 @@ class Handed(mmap.mmap):
     free: Callable[[Block], None]
     born: int
 
-    def __del__(self) -> None:
+    def __del__(self, is_over: Callable[[], bool] = is_over) -> None:
         """Free the block: nobody looks at it any more."""
-        if self.block is None:
+        if self.block is None or is_over():
             return
         Handed._count -= 1
         if self.born == Handed._forks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,18 +24,27 @@ class Handle(Protocol):
         """Note that workers of an engine may get the value."""
 
 
+class Handles(list[Handle]):
+    """Those that were pickled in a `with` block."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Carried(threading.local):
     """Collects the handles that this thread pickles in a `with` block, and keeps them: nobody else may.
 
-    The blocks may be nested: what is pickled may share something when it is.
+    The blocks may be nested: what is pickled may share something when it is. A signal handler that raises may keep one
+    from its end; so what was found belongs to whoever began it, and goes with that.
     """
 
     def __init__(self) -> None:
-        self._found: list[list[Handle]] = []
+        self._found: list[weakref.ref[Handles]] = []
 
-    def __enter__(self) -> list[Handle]:
-        found: list[Handle] = []
-        self._found.append(found)
+    def __enter__(self) -> Handles:
+        while self._found and self._found[-1]() is None:
+            self._found.pop()
+        found = Handles()
+        self._found.append(weakref.ref(found))
         return found
 
     def __exit__(self, *_: object) -> None:
@@ -42,8 +52,9 @@ class Carried(threading.local):
 
     def add(self, handle: Handle) -> None:
         """Note a handle, in the middle of a pickle."""
-        if self._found:
-            self._found[-1].append(handle)
+        found = self._found[-1]() if self._found else None
+        if found is not None:
+            found.append(handle)
 
 
 def keys_in(data: bytes) -> list[bytes]:
