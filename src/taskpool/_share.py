@@ -156,3 +156,4 @@ def _forget(keys: bytes) -> None:
 
 
 sharing.on_forget = _forget
+sharing.is_used = True

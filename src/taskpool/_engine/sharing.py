@@ -62,5 +62,6 @@ def keys_in(data: bytes) -> list[bytes]:
     return [data[at : at + KEY] for at in range(0, len(data), KEY)]
 
 
+is_used = False  # whether this process may have handles; those who pickle much need not look for them before
 carried = Carried()
 on_forget: Callable[[bytes], object] = repr  # called with the keys of values that the program has dropped

@@ -398,13 +398,28 @@ Unit = Call | Range
 Source = Call | Piece
 
 
+class _Dumped(NamedTuple):
+    pickled: Pickled
+    handles: Sequence[Handle]  # on shared values in it
+
+
+def _dump(*parts: Any) -> _Dumped:
+    """Pickle a function with what belongs to a call of it."""
+    if not sharing.is_used:
+        pickled = wire.dumps_call(*parts)
+        if not sharing.is_used:
+            return _Dumped(pickled, ())
+        # Its pickling was the first to share a value in this process: once more, to keep the handle.
+    with sharing.carried as handles:
+        return _Dumped(wire.dumps_call(*parts), handles)
+
+
 def make_call(
     future: TaskFuture[Any], fn: Any, args: Any, kwargs: Any, options: TaskOptions, *, blocks: Blocks
 ) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
-        with sharing.carried as handles:
-            pickled = wire.dumps_call(fn, args, kwargs, options.name)
+        pickled, handles = _dump(fn, args, kwargs, options.name)
     except Exception as cause:
         # What cannot be pickled is looked for by pickling each part again.
         parts = [("the function", fn), *((f"argument {number}", value) for number, value in enumerate(args, 1))]
@@ -417,11 +432,6 @@ def make_call(
     return call
 
 
-class _Dumped(NamedTuple):
-    pickled: Pickled
-    handles: list[Handle]  # on shared values in it
-
-
 def make_piece(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) -> Piece | None:
     """Pickle items of a map; a single one that fails gets its reason as its outcome, and None is returned."""
     dumped = _dump_items(job, first, items)
@@ -430,8 +440,7 @@ def make_piece(job: MapJob, first: int, items: Sequence[Any], blocks: Blocks) ->
 
 def _dump_items(job: MapJob, first: int, items: Sequence[Any]) -> _Dumped | None:
     try:
-        with sharing.carried as handles:
-            return _Dumped(wire.dumps_call(job.fn, items, job.star, job.options.name, job.id, first), handles)
+        return _dump(job.fn, items, job.star, job.options.name, job.id, first)
     except Exception as cause:
         if len(items) > 1:
             raise
