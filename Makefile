@@ -51,11 +51,11 @@ build: $(VENVS)/lint/ready  ## sdist and wheel, into dist/
 	rm -rf dist
 	$(call bin,lint)/python -m build --no-isolation
 
-bench: $(VENVS)/bench/ready  ## every workload on every library, into benchmarks/results/
-	$(call bin,bench)/python benchmarks/bench.py $(ARGS)
+bench: $(VENVS)/bench/ready  ## every workload on every library, in under 20 minutes, into docs/benchmarks/
+	$(call bin,bench)/python benchmarks/bench.py --output docs/benchmarks $(ARGS)
 
 bench-quick: $(VENVS)/bench/ready  ## the workloads that say most, on the main peers
-	$(call bin,bench)/python benchmarks/bench.py --quick --output .cache/bench $(ARGS)
+	$(call bin,bench)/python benchmarks/bench.py --quick $(ARGS)
 
 lock: $(VENVS)/lock/ready  ## newest versions into requirements/
 	for group in demo test lint docs bench lock; do \

@@ -3,8 +3,8 @@
     python benchmarks/bench.py [--quick] [--rounds N] [--only KEY ...] [--libraries NAME ...] [--output FOLDER]
 
 Each workload is run on each library in turn, round after round (A B C A B C), so that whatever else the machine does
-meets all of them. The table has medians, and the ratio to the best peer. FOLDER gets results.json, table.md and a
-picture for each workload.
+meets all of them. The tables have medians, and ratios to the best peer. FOLDER gets them, results.json and a picture for
+each workload.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None, help="for every workload, in place of its own number")
     parser.add_argument("--only", nargs="+", choices=sorted(measures.BY_KEY), help="these workloads")
     parser.add_argument("--libraries", nargs="+", choices=list(libraries.ALL), help="these libraries")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=HERE.parent / ".cache" / "bench")
     parser.add_argument("--one", nargs=2, metavar=("KEY", "LIBRARY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -116,7 +116,7 @@ def main() -> None:
     results = measure_all(chosen, names, arguments.rounds or (1 if arguments.quick else None))
     found = {"machine": machine(), "limits": limits.all_limits(), "results": results}
     report.write(found, arguments.output)
-    print((arguments.output / "table.md").read_text())
+    print((arguments.output / "summary.inc").read_text())
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
 
 

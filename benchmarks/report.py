@@ -1,4 +1,4 @@
-"""The report: a table in Markdown, the figures in JSON, and a picture for each workload."""
+"""The report: tables in Markdown, the figures in JSON, and a picture for each workload."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def number(value: float, unit: str = "") -> str:
     return f"{text} {unit}".strip()
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the whole report as Markdown."""
+def summary(found: dict[str, Any]) -> str:
+    """Return what was measured on, a line for each workload, and the limits of the machine, as Markdown."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {text}" for name, text in machine["versions"].items())
     lines = [
@@ -68,7 +68,7 @@ def table(found: dict[str, Any]) -> str:
     for title, figures in found["limits"].items():
         unit = {"p50": "µs", "rate": "GB/s" if "copy" in title else "/s", "ms": "ms"}
         lines.append(f"| {title} | {', '.join(number(value, unit[key]) for key, value in figures.items())} |")
-    return "\n".join([*lines, "", *_details(found)]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _line(title: str, unit: str, more_is_better: bool, values: dict[str, Any]) -> str:
@@ -83,8 +83,9 @@ def _line(title: str, unit: str, more_is_better: bool, values: dict[str, Any]) -
     return f"| {title} | {number(median, unit)} | {number(peer[1], unit)} ({peer[0]}) | {ratio} |"
 
 
-def _details(found: dict[str, Any]) -> list[str]:
-    lines = ["| workload | library | median | least | most |", "|---|---|--:|--:|--:|"]
+def details(found: dict[str, Any]) -> str:
+    """Return every figure as Markdown."""
+    lines = ["# All figures", "", "| workload | library | median | least | most |", "|---|---|--:|--:|--:|"]
     for title, unit, _more, values in rows(found["results"]):
         for name, measured in values.items():
             if isinstance(measured, str):
@@ -92,7 +93,7 @@ def _details(found: dict[str, Any]) -> list[str]:
             elif measured:
                 figures = (statistics.median(measured), min(measured), max(measured))
                 lines.append(f"| {title} | {name} | {' | '.join(number(value, unit) for value in figures)} |")
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 def picture(row: Row) -> str:
@@ -103,7 +104,7 @@ def picture(row: Row) -> str:
     height = 46 + 26 * len(bars)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" role="img" aria-label="{escape(title)}">',
-        "<style>text{font:13px sans-serif;fill:#555}.t{font-weight:bold}.o{fill:#2a7ab0}.p{fill:#b9c3cb}</style>",
+        "<style>text{font:13px sans-serif;fill:#888}.t{font-weight:bold}.o{fill:#2a7ab0}.p{fill:#b9c3cb}</style>",
         f'<text class="t" x="8" y="18">{escape(title.replace("`", ""))}</text>',
         f'<text x="632" y="18" text-anchor="end">{"more" if more_is_better else "less"} is better</text>',
     ]
@@ -116,17 +117,18 @@ def picture(row: Row) -> str:
         parts += [
             f'<text x="170" y="{top + 14}" text-anchor="end">{escape(name)}</text>',
             f'<rect class="{"o" if name in OURS else "p"}" x="178" y="{top}" width="{max(median, 1):.1f}" height="18"/>',
-            f'<path d="M{178 + least:.1f} {middle}H{178 + most:.1f}" stroke="#333"/>',
+            f'<path d="M{178 + least:.1f} {middle}H{178 + most:.1f}" stroke="#888"/>',
             f'<text x="{186 + most:.1f}" y="{top + 14}">{number(statistics.median(measured), unit)}</text>',
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """Write results.json, table.md and the pictures."""
+    """Write results.json, the tables (summary.inc for a page, details.md as a page) and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "table.md").write_text(table(found))
+    (folder / "summary.inc").write_text(summary(found))
+    (folder / "details.md").write_text(details(found))
     for row in rows(found["results"]):
         if any(isinstance(measured, list) and measured for measured in row[3].values()):
             name = "".join(letter if letter.isalnum() else "-" for letter in row[0].lower()).strip("-")
