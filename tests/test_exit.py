@@ -26,6 +26,7 @@ from tests.helpers import (
     on_hosts,
     on_pools,
     outcome,
+    run_script,
     wait_until,
 )
 from tests.scripts import run_main
@@ -535,3 +536,28 @@ print(sum(taskpool.map(tasks.report_and_return, range(20))))
 """
     ended = run_main(body, TEMPLATE, tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "0\n190\n", "")
+
+
+LATE = """
+import threading, time
+import taskpool
+
+
+def late():
+    threading.main_thread().join()
+    try:
+        raise KeyError("its own")
+    except taskpool.WorkerCrashedError:
+        print("another")
+    except KeyError as error:
+        print(*error.args)
+
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_errors_are_asked_for_when_the_main_thread_has_ended() -> None:
+    """Where nothing has loaded them before: then nothing with process pools can be loaded any more."""
+    ended = run_script(LATE, timeout=20)
+    assert (ended.code, ended.out.strip(), ended.err) == (0, "its own", "")

@@ -1,11 +1,19 @@
 """The exceptions of `errors.py` that are also a `BrokenProcessPool`, whose module takes a while to load.
 
-They are found there, and are loaded when first asked for; the dispatcher sees to that before any can be due.
+They are found there, and are loaded when first asked for: at the latest before a dispatcher starts, which may need them.
 """
 
 from __future__ import annotations
 
-from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures.process import BrokenProcessPool
+else:
+    try:
+        from concurrent.futures.process import BrokenProcessPool
+    except RuntimeError:  # the interpreter ends: nothing that has process pools can be loaded, or raise these, any more
+        from concurrent.futures import BrokenExecutor as BrokenProcessPool
 
 from taskpool.errors import NotSendableError, TaskPoolError
 

@@ -88,7 +88,6 @@ class Dispatcher:
         self._done = threading.Event()  # everything has ended: workers, host, threads
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.RLock()
-        self._is_prepared = False  # the thread runs, and nothing that it may need has yet to be loaded
 
     # From any thread
 
@@ -98,20 +97,25 @@ class Dispatcher:
         Raises:
             RuntimeError: If no thread can be started; nothing was accepted then.
         """
-        if not self._is_prepared:
+        if self._thread is None:
             start_undisturbed(self._start)
-            # While the first worker begins: when a worker crashes there may be no descriptor left to load its error.
-            import taskpool._broken  # noqa: F401
-
-            self._is_prepared = True
 
     def _start(self) -> None:
         with self._thread_lock:
-            if self._thread is None and self._phase != CLOSED:
-                self._host.prepare()
-                thread = threading.Thread(target=self._run, name=f"{self._settings.name}-dispatcher", daemon=True)
+            if self._thread is not None or self._phase == CLOSED:
+                return
+            self._host.prepare()
+            # Before the thread is there, which will ask for them: when a worker crashes there may be no descriptor left
+            # to load its error, or an interrupted import in the main thread that would have to end first.
+            import taskpool._broken  # noqa: F401
+
+            thread = threading.Thread(target=self._run, name=f"{self._settings.name}-dispatcher", daemon=True)
+            try:
                 thread.start()
-                self._thread = thread
+            except BaseException:
+                self._host.close()  # nobody else would, if this executor is dropped now
+                raise
+            self._thread = thread
 
     @property
     def is_open(self) -> bool:

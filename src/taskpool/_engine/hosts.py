@@ -122,9 +122,15 @@ class TemplateHost(Host):
 
     def prepare(self) -> None:
         """Start the template, which needs a while until it can answer."""
-        if self._template is None:
-            with contextlib.suppress(Exception):  # the first start tries again, and says what is wrong
-                self._new_template()
+        import resource  # noqa: F401  (while no signal handler can come in between)
+
+        lock = no_forks()  # not waited for: who has it may have been interrupted by a handler, which waits for this
+        if self._template is None and lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(Exception):  # the first start tries again, and says what is wrong
+                    self._new_template()
+            finally:
+                lock.release()
 
     def start(self, worker: WorkerHandle) -> None:
         """Send a start request; the answer comes over the socket."""

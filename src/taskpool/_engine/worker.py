@@ -382,8 +382,8 @@ class RangeRun:
         self._items, self._fn = (), repr
 
     def _run_some(self) -> None:
-        # A look at the clock behind each item, so that no outcome waits for a slow neighbour: items run until their time
-        # is over, so if then much more has passed, the last one was slow. Tiny ones have more time.
+        # A look at the clock behind each item: items run until their time is over, so if then much more has passed, the
+        # last one was slow, and what has gathered before it is written at once. Tiny ones have more time.
         are_tiny = self._tiny >= TINY_IN_A_ROW
         began = now()
         until = began + (10 * LOOK if are_tiny else LOOK)
