@@ -298,8 +298,7 @@ def _replace(pool: Any) -> float:
 def cold(library: str) -> Figures:
     """A whole program: start, one task, end; by start method, for taskpool and the one that it is measured by."""
     methods = (None, *METHODS) if library in ("taskpool", "multiprocessing.Pool") else (None,)
-    bare = _whole("pass")
-    return {method or "default": _whole(_program(library, method)) - bare for method in methods}
+    return {method or "default": _beyond_bare(_program(library, method)) for method in methods}
 
 
 def _program(library: str, method: str | None) -> str:
@@ -315,16 +314,18 @@ if __name__ == "__main__":
 
 def import_time(_: str) -> Figures:
     """`import taskpool`, beyond the bare interpreter."""
-    return {"ms": _whole("import taskpool") - _whole("pass")}
+    return {"ms": _beyond_bare("import taskpool", 30)}
+
+
+def _beyond_bare(code: str, count: int = 10) -> float:
+    """How much longer a program takes than one that does nothing, in milliseconds; the two run in turn."""
+    return statistics.median(_whole(code) - _whole("pass") for _ in range(count))
 
 
 def _whole(code: str) -> float:
-    times = []
-    for _ in range(10):
-        began = now()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        times.append((now() - began) * 1e3)
-    return statistics.median(times)
+    began = now()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return (now() - began) * 1e3
 
 
 # ------------------------------------------------------------------------------------------------ the list
@@ -440,7 +441,7 @@ ALL: list[Measure] = [
         {"ratio": ("x", False), "memory": ("B", False)},
         only=("taskpool", "ProcessPoolExecutor", "loky"),
     ),
-    Measure("crowds", "up to 128 workers beside 2", crowds, {"ratio": ("x", False)}, only=("taskpool", "loky")),
+    Measure("crowds", "up to 128 workers beside 2", crowds, {"ratio": ("x", False)}, only=OURS),
     Measure("cold", "start, one task, end", cold, BY_METHOD, starts=True, quick=True),
     Measure(
         "replacement",
