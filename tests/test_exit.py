@@ -538,7 +538,7 @@ print(sum(taskpool.map(tasks.report_and_return, range(20))))
     assert (ended.code, ended.out, ended.err) == (0, "0\n190\n", "")
 
 
-LATE = """
+ASKS_LATE = """
 import threading, time
 import taskpool
 
@@ -559,5 +559,5 @@ threading.Thread(target=late).start()
 
 def test_errors_are_asked_for_when_the_main_thread_has_ended() -> None:
     """Where nothing has loaded them before: then nothing with process pools can be loaded any more."""
-    ended = run_script(LATE, timeout=20)
+    ended = run_script(ASKS_LATE, timeout=20)
     assert (ended.code, ended.out.strip(), ended.err) == (0, "its own", "")
