@@ -113,7 +113,7 @@ class MapJob:
             return None if index is None else self._groups.pop(index, None)
 
     def take(self, index: int | None, deadline: float | None) -> Settled | None:
-        """Wait for the group that begins at `index`, or for any, and take it; None when time is up."""
+        """Wait for the group that begins at `index`, or for any, and take it; None when time is up, or after `cancel`."""
         # A lock of its own each time, not a condition, which a signal handler that raises may leave half taken.
         while True:
             sleeper = threading.Lock()
@@ -121,7 +121,7 @@ class MapJob:
             with self._lock:
                 self._sleeper, self._awaited = sleeper, index
                 settled = self.poll(index)
-            if settled is not None:
+            if settled is not None or self.cancelled:
                 return settled
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -129,11 +129,14 @@ class MapJob:
             sleeper.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX))
 
     def cancel(self) -> None:
-        """Drop what has arrived, and what still will."""
+        """Drop what has arrived, and what still will; whoever waits for it waits no longer."""
         with self._lock:
             self.cancelled = True
             self._groups.clear()
             self._reports.clear()
+            sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            sleeper.release()
 
     # What running items say of themselves
 

@@ -6,11 +6,13 @@ or as `Outcome` records, in the order of the input or as it comes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import CancelledError
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,10 +38,11 @@ class Values(chain[Any]):
     groups: Generator[Iterator[Any]]
 
     def close(self) -> None:
-        """End the map: items that have not started never will."""
+        """End the map: items that have not started never will. Whoever waits for a result gets a CancelledError."""
         self.results.close(stop=False)
-        self.groups.close()
-        deque(self, maxlen=0)  # what has come of the current group
+        with contextlib.suppress(ValueError):  # another thread waits there, and ends it
+            self.groups.close()
+            deque(self, maxlen=0)  # what has come of the current group
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("the results of a map cannot be copied or pickled: put them into a list")
@@ -272,7 +275,7 @@ class MapResults:
             with self._backend.waiting(self._job):
                 settled = self._job.take(self._due(), self._deadline)
             if settled is None:
-                raise self._timed_out()
+                raise CancelledError if self._job.cancelled else self._timed_out()
         except BaseException:
             self.close(stop=True)
             raise

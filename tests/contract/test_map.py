@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 import taskpool
 from tests import tasks
-from tests.helpers import PATIENCE, Backend, at_most, lines, on_all, on_hosts, on_pools, run_script, wait_until
+from tests.helpers import PATIENCE, Backend, at_most, bounded, lines, on_all, on_hosts, on_pools, run_script, wait_until
 
 pytestmark = pytest.mark.core
 
@@ -126,6 +127,30 @@ def test_a_second_thread_that_asks_gets_the_error_alone(pool: Pool, tmp_path: Pa
     (tmp_path / "go").touch()
     waiting.join(PATIENCE)
     assert got == [None, 0, 1, 2]
+
+
+@on_pools
+def test_close_while_another_thread_waits_for_a_result(pool: Pool, tmp_path: Path) -> None:
+    """That thread waits no longer."""
+    results: Any = pool(1).starmap(tasks.hold, [(tmp_path / "started", tmp_path / "release")])
+    waiting: Future[Any] = Future()
+
+    def wait_for_it() -> None:
+        try:
+            waiting.set_result(next(results))
+        except BaseException as error:
+            waiting.set_exception(error)
+
+    thread = threading.Thread(target=wait_for_it, daemon=True)
+    thread.start()
+    wait_until(lambda: results.results._job._sleeper is not None and (tmp_path / "started").exists())
+    bounded(results.close)
+    with pytest.raises(CancelledError):
+        waiting.result(PATIENCE)
+    (tmp_path / "release").touch()
+    thread.join(PATIENCE)
+    with pytest.raises(StopIteration):
+        next(results)
 
 
 @on_pools
