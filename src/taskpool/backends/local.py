@@ -293,9 +293,23 @@ def stack_of(thread_id: int) -> str | None:
     return None if frame is None else "".join(traceback.format_stack(frame))
 
 
-def interrupt_thread(thread_id: int) -> None:
-    """Have TaskInterrupt raised in a thread, as soon as it runs Python code."""
+def interrupt_thread(thread_id: int) -> bool:
+    """Have TaskInterrupt raised in a thread, as soon as it runs Python code; do nothing and return False while it imports.
+
+    Python's own code of an import takes locks, some for the whole process, in steps that an exception can part: all
+    other threads would wait for them for ever.
+    """
+    if _is_importing(thread_id):
+        return False
     _set_async(ctypes.c_ulong(thread_id), ctypes.py_object(TaskInterrupt))
+    return True
+
+
+def _is_importing(thread_id: int) -> bool:
+    frame = sys._current_frames().get(thread_id)
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def cancel_interrupt(thread_id: int) -> None:
@@ -327,6 +341,11 @@ class Alarms:
                 with undisturbed():
                     self._thread.start()
             self._changed.notify()
+
+    def repeat(self, call: Callable[[], bool], pause: float = 5e-3) -> None:
+        """Call `call` now and, until it returns True, again behind a pause, each longer than the one before."""
+        if not call():
+            self.set(object(), time.monotonic() + pause, lambda: self.repeat(call, min(2 * pause, 1.0)))
 
     def clear(self, key: object) -> None:
         """Forget one."""

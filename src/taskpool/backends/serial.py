@@ -167,7 +167,7 @@ class SerialBackend(Backend):
             ends.append((deadline, False))
         if ends:
             when, is_limit = min(ends)
-            self._alarms.set(run, when, lambda: run.interrupt(has_timed_out=is_limit))
+            self._alarms.set(run, when, lambda: self._interrupt(run, has_timed_out=is_limit))
         try:
             with run:
                 yield
@@ -182,7 +182,11 @@ class SerialBackend(Backend):
     def _stop_target(self, target: object) -> None:
         for run in list(self._running):
             if run.task is not None and run.task.owns(target):
-                run.interrupt(has_timed_out=False)
+                self._interrupt(run)
+
+    def _interrupt(self, run: LocalRun, *, has_timed_out: bool = False) -> None:
+        if run.interrupt(has_timed_out=has_timed_out):
+            self._alarms.repeat(run.strike)
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether this future's task runs."""
@@ -212,7 +216,7 @@ class SerialBackend(Backend):
         """Ask what runs to end, and cancel what waits for its next attempt."""
         self._end_retries()
         for run in list(self._running):
-            run.interrupt(has_timed_out=False)
+            self._interrupt(run)
 
     def join(self, timeout: float | None) -> bool:
         """There is nothing to wait for: what was accepted has been run."""
@@ -269,17 +273,21 @@ class LocalRun:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def interrupt(self, *, has_timed_out: bool) -> None:
-        """Ask the task to end."""
+    def interrupt(self, *, has_timed_out: bool) -> bool:
+        """Ask the task to end; return whether it runs, and was not asked before."""
         with self._lock:
             if not self._active or self.interrupted:
-                return
+                return False
             self.interrupted, self.timed_out = True, has_timed_out
             self.stack = stack_of(self._thread)
             if self._in_main:
                 signal.pthread_kill(self._thread, signal.SIGUSR1)
-            else:
-                interrupt_thread(self._thread)
+            return True
+
+    def strike(self) -> bool:
+        """Interrupt the task that was asked to end, where no signal does; return False if it cannot be done now."""
+        with self._lock:
+            return self._in_main or not self._active or interrupt_thread(self._thread)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and not self._raised:

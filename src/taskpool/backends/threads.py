@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -405,10 +406,12 @@ class ThreadBackend(Backend):
     def _limit_passed(self, thread: WorkerThread, task: LocalTask) -> None:
         self._interrupt(thread, task, has_timed_out=True)
 
-    def _interrupt(self, thread: WorkerThread, task: LocalTask, *, has_timed_out: bool) -> None:
+    def _interrupt(self, thread: WorkerThread, task: LocalTask, *, has_timed_out: bool, last: float = math.inf) -> None:
+        """Ask the task to end, and abandon it when its grace is over, or at `last`."""
         if thread.interrupt(task, has_timed_out=has_timed_out):
-            when = time.monotonic() + task.options.grace
+            when = min(last, time.monotonic() + task.options.grace)
             self._alarms.set(thread, when, lambda: self._abandon(thread, task))
+            self._alarms.repeat(lambda: thread.strike(task))
 
     def _abandon(self, thread: WorkerThread, task: LocalTask) -> None:
         """The task did not yield: resolve it, leave the thread to itself, and use another one."""
@@ -465,9 +468,8 @@ class ThreadBackend(Backend):
         self.close(cancel=True)
         for thread in list(self._threads):
             task = thread.task
-            if task is not None and thread.interrupt(task, has_timed_out=False):
-                when = min(kill_at, time.monotonic() + task.options.grace)
-                self._alarms.set(thread, when, lambda thread=thread, task=task: self._abandon(thread, task))  # type: ignore[misc]
+            if task is not None:
+                self._interrupt(thread, task, has_timed_out=False, last=kill_at)
 
     def _refuse(self, task: LocalTask, outcome: RawOutcome | None) -> None:
         if task.settle(outcome, not_run(task)):
@@ -588,8 +590,14 @@ class WorkerThread(InterruptibleThread):
             self.interrupted = True
             self.timed_out = has_timed_out
             self.stack = stack_of(self.ident)
-            interrupt_thread(self.ident)
             return True
+
+    def strike(self, task: LocalTask) -> bool:
+        """Interrupt the task that was asked to end, unless it has ended; return False if it cannot be done now."""
+        with self.shield:
+            if self._leaving or (self.task is not task and not self.abandoned):
+                return True
+            return interrupt_thread(self.ident or 0)
 
 
 class Waiters(list[Any]):
