@@ -1312,3 +1312,12 @@ def totals_of(*values: SharesItself) -> float:
 def first_of(shared: list[Any]) -> float:
     """Return the sum of the only shared array in a list."""
     return shared_total(shared[0])
+
+
+def replace_square() -> None:
+    """Put another function in the place of `square`, in this process."""
+    globals()["square"] = _replaced
+
+
+def _replaced(_number: int) -> str:
+    return "replaced"

@@ -466,10 +466,15 @@ class WorkerChannel:
         """Write one frame, whole: threads of a task that log take turns with the outcome.
 
         A signal handler or a finalizer may call this while its very thread is in the middle of a frame. Then its frame
-        waits, and is written right behind by the call that was interrupted.
+        waits, and is written right behind by the call that was interrupted. The system takes a small one whole, so
+        nothing comes into the middle of that.
         """
+        frame = [head] if body is None else [head, *body.pieces()]
         with self._lock:
-            self._waiting.append([head] if body is None else [head, *body.pieces()])
+            if not (self._is_writing or self._waiting) and sum(map(len, frame)) <= PACKET:
+                os.write(self._results, b"".join(frame))
+                return
+            self._waiting.append(frame)
             # Looked at again once nothing is being written: what interrupted the very end of that has only waited.
             while self._waiting and not self._is_writing:
                 self._write_waiting()
@@ -489,9 +494,6 @@ class WorkerChannel:
         that no handler can come between.
         """
         size = sum(map(len, parts))
-        if size <= PACKET:
-            os.write(self._results, b"".join(parts))  # the system takes it whole or not at all
-            return
         written: list[int] = []
         rest = [memoryview(part).cast("B") for part in parts if len(part)]
         try:

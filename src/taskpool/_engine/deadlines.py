@@ -136,6 +136,9 @@ class Deadlines:
     def _look_at(self, worker: WorkerHandle, time_now: float) -> None:
         if worker.paused_at is not None and worker.paused_at + STUCK <= time_now:
             self._hub.listen_again(worker)
+        if worker.rests_until <= time_now:
+            self._hub.listen_again(worker)
+            self._hub.read(worker)
         if self._due(worker, time_now) <= time_now:
             self._hub.read(worker)  # results first
             worker.note_progress(time_now)

@@ -25,6 +25,7 @@ waiting and the taking:
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import threading
 import time
@@ -189,7 +190,7 @@ class Direct:
 
     def listen_again(self, worker: WorkerHandle) -> None:
         """Watch the worker's results as ever, if it still has a channel."""
-        worker.paused_at = None
+        worker.paused_at, worker.rests_until = None, math.inf
         if worker.channel.is_open:
             self._loop.resume(worker.channel.results)
 
@@ -231,13 +232,13 @@ class Direct:
             if (
                 frame is not None
                 and frame.unit == unit.id
-                and frame.kind in (wire.VALUES, wire.RAISED)
+                and frame.kind in (wire.VALUES, wire.NUMBERS, wire.RAISED)
                 and not frame.body.places
                 and unit.receive_alone(frame)
             ):
                 worker.turn += 1  # until it is idle again it counts as lost if this thread does not come back
                 worker.finished_one(frame.seconds)
-                worker.count(ok=frame.kind == wire.VALUES)
+                worker.count(ok=frame.kind != wire.RAISED)
                 channel.drop_only_frame()
                 self._crew.make_idle(worker)
                 return True

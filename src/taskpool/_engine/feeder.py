@@ -271,9 +271,17 @@ class Feeder:
             if units[0].is_small():
                 for unit in worker.give_many(units):
                     self.requeue(unit)
+                self._let_rest(worker)
             else:
                 worker.begin_large(units[0])
                 self._send_large(worker)
+
+    def _let_rest(self, worker: WorkerHandle) -> None:
+        seconds = worker.rest()
+        if seconds and worker.rests_until == math.inf:
+            worker.rests_until = now() + seconds
+            self._loop.pause(worker.channel.results)
+            self._loop.wake_by(worker.rests_until)
 
     def _wake_for(self, unit: Unit, *, ahead: bool) -> None:
         limit = unit.options.task_timeout

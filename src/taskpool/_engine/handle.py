@@ -21,7 +21,9 @@ STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal hand
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 10e-3  # tasks that take less, of late, are sent ahead of time: one,
-AHEAD_SECONDS = 6e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
+AHEAD_SECONDS = 16e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
+REST = 0.5e-3, 8e-3  # seconds, at least and at most, in which nobody listens to a worker that has several tasks:
+SEVERAL = 3
 
 
 class Stop:
@@ -81,6 +83,7 @@ class WorkerHandle:
         self.failed = 0  # ... with an error
         self.retiring = False
         self.paused_at: float | None = None  # since when a waiting thread watches what it writes
+        self.rests_until = math.inf  # when what it wrote is looked at, if nobody listens until then
         self.exitcode: int | None = None
         self.exitcode_due = False  # whether the host has yet to tell it
         self.reason: str | None = None  # why we ended it, if the exit code would not tell
@@ -151,6 +154,16 @@ class WorkerHandle:
         # Filled up when half of it is done: one write for many, not one for each outcome.
         return max(depth, 1) - waiting if waiting <= depth // 2 else 0
 
+    def rest(self) -> float:
+        """How long nobody need listen to it (seconds): until half of its tasks should be done.
+
+        Each outcome by itself would wake the dispatcher, on a processor that a worker could use.
+        """
+        if len(self.inflight) < SEVERAL or self.inflight[0].options.task_timeout is not None:
+            return 0.0
+        seconds = min(REST[1], len(self.inflight) * self.seconds / 2)
+        return seconds if seconds >= REST[0] else 0.0
+
     def count(self, *, ok: bool) -> None:
         """Count an outcome that was taken past the dispatcher."""
         if ok:
@@ -211,6 +224,8 @@ class WorkerHandle:
             return self.stop.due
         if not self.inflight:
             return math.inf
+        if self.rests_until < math.inf:
+            return self.rests_until
         running = self.running()
         if running is not None:
             due = self.limit_due(running, now)

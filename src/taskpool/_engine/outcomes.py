@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from taskpool import errors
-from taskpool._engine import exceptions, wire
+from taskpool._engine import exceptions, plain, wire
 from taskpool._engine.wire import Pickled
 from taskpool._task import RawOutcome, Value
 
@@ -42,13 +42,13 @@ class EncodedValue(RawOutcome):
 
 
 class EncodedNumbers(EncodedValue):
-    """The list of the results of several items, all of them numbers."""
+    """A result that is a number, or the list of the results of several items that are."""
 
     __slots__ = ()
 
     def decode(self) -> tuple[Any, BaseException | None]:
         """Read them; no user code runs."""
-        return wire.loads_numbers(self._body), None
+        return plain.loads(self._body.stream), None
 
 
 class EncodedValues(RawOutcome):

@@ -25,8 +25,7 @@ from taskpool._task import RawOutcome
 if TYPE_CHECKING:
     from taskpool.events import How
 
-RESULTS = frozenset({wire.VALUES, wire.EACH, wire.NUMBERS})
-FINISHING = RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED, wire.UNOPENED}
+FINISHING = wire.RESULTS | {wire.RAISED, wire.UNSENDABLE, wire.UNREADABLE, wire.INTERRUPTED, wire.HALTED, wire.UNOPENED}
 
 now = time.monotonic
 
@@ -155,7 +154,7 @@ class Receiver:
             worker.stop = None  # that item has ended by itself
 
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
-        ok = frame.kind in RESULTS
+        ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
         if self._has_listeners or (policy is not None and policy.judges(ok=ok)):
             settled = settled_by(frame, worker.name, unit.attempt)

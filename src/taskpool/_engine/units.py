@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskpool._current import name_of
-from taskpool._engine import exceptions, payloads, sharing, wire
+from taskpool._engine import exceptions, payloads, plain, sharing, wire
 from taskpool._engine.memory import Blocks
 from taskpool._engine.outcomes import (
     EncodedError,
@@ -57,12 +57,13 @@ class Call:
 
     tasks = 1
 
-    def __init__(self, future: TaskFuture[Any], payload: Pickled | Payload, options: TaskOptions) -> None:
+    def __init__(self, future: TaskFuture[Any], payload: Bytes | Payload, options: TaskOptions) -> None:
         self.id = next(_ids)
         self.future = future
         self.options = options
-        self._small: Bytes = payload.stream if isinstance(payload, Pickled) else b""
-        self._large: Payload | None = None if isinstance(payload, Pickled) else payload
+        is_small = isinstance(payload, Bytes)  # one that fits into a packet
+        self._small: Bytes = payload if is_small else b""
+        self._large: Payload | None = None if is_small else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
         self.keeps: Sequence[Handle] = ()  # on shared values, which must live as long as it waits or runs
@@ -128,7 +129,7 @@ class Call:
     def receive_alone(self, frame: Frame) -> bool:
         """Take an outcome in a thread that waits for it, unless somebody else has a say, or must be told of it, too."""
         policy = self.options.retry
-        if policy is not None and policy.judges(ok=frame.kind == wire.VALUES):
+        if policy is not None and policy.judges(ok=frame.kind in wire.RESULTS):
             return False
         return self.future.finish_alone(OUTCOMES[frame.kind](frame.body))
 
@@ -419,6 +420,9 @@ def make_call(
 ) -> Call | None:
     """Pickle a call; if that fails resolve the future with the reason and return None. User code runs here."""
     try:
+        stream = plain.dumps_call(fn, args, kwargs, options.name)
+        if stream is not None:
+            return Call(future, stream, options)
         pickled, handles = _dump(fn, args, kwargs, options.name)
     except Exception as cause:
         # What cannot be pickled is looked for by pickling each part again.
@@ -426,7 +430,7 @@ def make_call(
         parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
         future.finish(Failure(_not_sendable(parts, cause)))
         return None
-    call = Call(future, pickled if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
+    call = Call(future, pickled.stream if payloads.is_small(pickled) else payloads.keep(pickled, blocks), options)
     if handles:
         call.keeps = handles
     return call

@@ -14,7 +14,6 @@ Each frame carries the id of its unit of work; what belongs to an id that is no 
 from __future__ import annotations
 
 import copyreg
-import marshal
 import pickle
 import struct
 import sys
@@ -23,6 +22,7 @@ from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
 from taskpool._engine import functions, memory
+from taskpool._engine.plain import PLAIN
 
 Bytes = bytes | bytearray | memoryview
 
@@ -44,9 +44,8 @@ HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 2
 # outcomes; EACH has a pickle for each of its values, NUMBERS are not pickled
 VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE, NUMBERS = range(24, 30)
 UNOPENED = 30  # nothing has run: the shared memory in which the task lies cannot be opened there
+RESULTS = frozenset({VALUES, EACH, NUMBERS})
 _FLAT = frozenset({bytes, bytearray, str})
-_NUMBERS = frozenset({int, float, complex, bool, type(None)})
-_PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 PARENT_TO_WORKER = frozenset(range(SETUP, FORGET + 1))
 WORKER_TO_PARENT = frozenset(range(HELLO, UNOPENED + 1))
 
@@ -140,24 +139,9 @@ def dumps_for_worker(value: object, *, has_large: bool = False) -> Pickled:
     return _dump(functions.Parcel(value)) if _mentions_of_main(pickled) else pickled
 
 
-def are_numbers(values: list[Any]) -> bool:
-    """Whether these can go by `dumps_numbers`."""
-    return _NUMBERS.issuperset(map(type, values))
-
-
-def dumps_numbers(values: list[Any]) -> Pickled:
-    """Write numbers as the interpreter writes its own constants: in half the time that a pickle of them takes."""
-    return Pickled(marshal.dumps(values))
-
-
-def loads_numbers(body: Pickled) -> list[Any]:
-    """Return what `dumps_numbers` was given."""
-    return marshal.loads(body.stream)  # type: ignore[no-any-return]
-
-
 def are_plain(values: list[Any]) -> bool:
     """Whether pickling all these and loading them again runs no user code, so that none can harm its neighbours."""
-    return _PLAIN.issuperset(map(type, values)) or all(map(_is_plain, values))
+    return PLAIN.issuperset(map(type, values)) or all(map(_is_plain, values))
 
 
 def _is_plain(value: Any) -> bool:
@@ -165,9 +149,9 @@ def _is_plain(value: Any) -> bool:
     kind = type(value)
     if kind is dict:
         return (
-            len(value) <= SHORT and _PLAIN.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values()))
+            len(value) <= SHORT and PLAIN.issuperset(map(type, value)) and PLAIN.issuperset(map(type, value.values()))
         )
-    return kind in _PLAIN or (kind in (tuple, list) and len(value) <= SHORT and _PLAIN.issuperset(map(type, value)))
+    return kind in PLAIN or (kind in (tuple, list) and len(value) <= SHORT and PLAIN.issuperset(map(type, value)))
 
 
 def dumps_call(fn: object, *rest: object) -> Pickled:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from taskpool import _current, _nesting
-from taskpool._engine import exceptions, memory, namespace, sharing, stop, wire
+from taskpool._engine import exceptions, memory, namespace, plain, sharing, stop, wire
 from taskpool._engine.channel import (
     ANY_ITEM,
     BETWEEN,
@@ -232,7 +232,8 @@ class Worker:
         try:
             try:
                 self.interrupts.arm(frame.unit)
-                fn, args, kwargs, name = wire.loads(frame.body)
+                stream = frame.body.stream
+                fn, args, kwargs, name = plain.loads_call(stream) if plain.is_call(stream) else wire.loads(frame.body)
                 kind = wire.RAISED
                 self._task = name or _current.name_of(fn), str(frame.item), 0
                 self._frame = frame
@@ -240,8 +241,11 @@ class Worker:
                 value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
                 del fn, args, kwargs
-                body = wire.dumps(value)
-                kind = wire.VALUES
+                if type(value) in plain.NUMBERS:
+                    kind, body = wire.NUMBERS, Pickled(plain.dumps(value))
+                else:
+                    body = wire.dumps(value)
+                    kind = wire.VALUES
             finally:
                 self.interrupts.armed = 0
         except BaseException as error:
@@ -457,8 +461,8 @@ class RangeRun:
             report(kind, self.frame, body, index=first, count=count, started=started, seconds=seconds)
 
     def _dump_all(self) -> tuple[int, Pickled]:
-        if wire.are_numbers(self.values):
-            return wire.NUMBERS, wire.dumps_numbers(self.values)
+        if plain.are_numbers(self.values):
+            return wire.NUMBERS, Pickled(plain.dumps(self.values))
         return (wire.VALUES, wire.dumps(self.values)) if wire.are_plain(self.values) else self._dump_each()
 
     def _dump_each(self) -> tuple[int, Pickled]:
