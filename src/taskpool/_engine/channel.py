@@ -469,7 +469,7 @@ class WorkerChannel:
         waits, and is written right behind by the call that was interrupted. The system takes a small one whole, so
         nothing comes into the middle of that.
         """
-        frame = [head] if body is None else [head, *body.pieces()]
+        frame: list[Bytes] = [head] if body is None else [head, *body.pieces()]
         with self._lock:
             if not (self._is_writing or self._waiting) and sum(map(len, frame)) <= PACKET:
                 os.write(self._results, b"".join(frame))

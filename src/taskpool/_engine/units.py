@@ -61,9 +61,8 @@ class Call:
         self.id = next(_ids)
         self.future = future
         self.options = options
-        is_small = isinstance(payload, Bytes)  # one that fits into a packet
-        self._small: Bytes = payload if is_small else b""
-        self._large: Payload | None = None if is_small else payload
+        self._small: Bytes = payload if isinstance(payload, Bytes) else b""  # what fits into a packet
+        self._large: Payload | None = None if isinstance(payload, Bytes) else payload
         self.attempts: Attempts | None = None  # once it has failed and may be tried again
         self.fresh = False  # whether it must run on a new worker, alone
         self.keeps: Sequence[Handle] = ()  # on shared values, which must live as long as it waits or runs
