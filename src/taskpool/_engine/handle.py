@@ -89,7 +89,8 @@ class WorkerHandle:
         self.reason: str | None = None  # why we ended it, if the exit code would not tell
         self.end_by = math.inf  # while ENDING: when it is killed, or given up if it was
         self.hosted: Any = None  # what the host keeps about it
-        self.seconds = math.inf  # how long a task of it takes, of late
+        self.seconds = math.inf  # how long a task of it takes, of late: rather too much,
+        self.least = math.inf  # ... and rather too little
 
     def __repr__(self) -> str:
         return f"<worker {self.index} {self.state} pid={self.pid}>"
@@ -161,7 +162,7 @@ class WorkerHandle:
         """
         if len(self.inflight) < SEVERAL or self.inflight[0].options.task_timeout is not None:
             return 0.0
-        seconds = min(REST[1], len(self.inflight) * self.seconds / 2)
+        seconds = min(REST[1], len(self.inflight) * self.least / 2)
         return seconds if seconds >= REST[0] else 0.0
 
     def count(self, *, ok: bool) -> None:
@@ -177,6 +178,7 @@ class WorkerHandle:
         self.channel.said = 0  # it has read what was sent before that
         self.since = time.monotonic()
         known = self.seconds
+        self.least = min(seconds, 1.25 * self.least)
         self.seconds = seconds if seconds > known or known == math.inf else 0.8 * known + 0.2 * seconds
 
     def running(self) -> Running | None:
