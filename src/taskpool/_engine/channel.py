@@ -31,12 +31,14 @@ from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
 PACKET = 4096  # PIPE_BUF: the largest write that is atomic, and the largest packet
 KEYS = 240  # of shared values, that fit into a packet
 PACKETS = 128  # how many packets may lie in a task pipe, where the system allows
-STACK_AT = 4096  # the stack's place in the page file, behind the words
+LEVELS_AT = 4096  # the place of the loggers' levels in the page file, behind the words: two, used in turn
+LEVELS_ROOM = 6 * 1024
+STACK_AT = 16 * 1024  # the stack's place
 PAGE_SIZE = 64 * 1024
 
-# The words of the page. The worker writes the first five, the parent the others; the last four say which block of
-# memory the worker may write its next large result into.
-UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER = range(11)
+# The words of the page. The worker writes the first five, the parent the others. Four say which block of memory the
+# worker may write its next large result into; the last is the version of the levels.
+UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS = range(12)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
@@ -50,14 +52,16 @@ _F_SETPIPE_SZ = 1031
 
 now = time.monotonic
 
+_publishing = threading.RLock()  # reentrant: a signal handler that submits may interrupt this very thread in it
+
 
 class Page:
     """The shared words. Each is 8 bytes, aligned, written by one side only."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, PAGE_SIZE)
-        self.words = memoryview(self._map)[:STACK_AT].cast("Q")
-        self.times = memoryview(self._map)[:STACK_AT].cast("d")
+        self.words = memoryview(self._map)[:LEVELS_AT].cast("Q")
+        self.times = memoryview(self._map)[:LEVELS_AT].cast("d")
 
     def current(self) -> tuple[int, int, float, int]:
         """Return (unit id, item index, start, phase) as they stood together at one moment.
@@ -75,6 +79,28 @@ class Page:
         """Return the text that faulthandler wrote here, if any."""
         text = self._map[STACK_AT:].split(b"\0", 1)[0]
         return text.decode(errors="replace").strip() or None
+
+    def publish(self, version: int, levels: bytes) -> None:
+        """Write the levels of the parent's loggers, unless a newer version stands there. From any thread of the parent.
+
+        Each version has its place, and the word that names it is written last. So whoever reads the version before
+        and behind has read what belongs to it, unless two more came in between; then it has changed.
+        """
+        with _publishing:
+            if self.words[LEVELS] < version:
+                begin = LEVELS_AT + version % 2 * LEVELS_ROOM
+                self._map[begin : begin + 4 + len(levels)] = len(levels).to_bytes(4, "little") + levels
+                self.words[LEVELS] = version
+
+    def levels(self) -> tuple[int, bytes]:
+        """Return (their version, the levels)."""
+        while True:
+            version = self.words[LEVELS]
+            begin = LEVELS_AT + version % 2 * LEVELS_ROOM
+            size = int.from_bytes(self._map[begin : begin + 4], "little")
+            data = self._map[begin + 4 : begin + 4 + size]
+            if self.words[LEVELS] == version:
+                return version, data
 
     def close(self) -> None:
         """Unmap the page."""

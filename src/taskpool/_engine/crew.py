@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-from taskpool import errors
+from taskpool import _levels, errors
 from taskpool._engine import stop
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
@@ -21,6 +21,7 @@ from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
 from taskpool._engine.wire import Pickled
 from taskpool._listeners import Listeners
+from taskpool.logs import Sink
 
 now = time.monotonic
 
@@ -39,6 +40,8 @@ class Settings(NamedTuple):
     max_tasks: int | None = None
     idle_timeout: float | None = None
     listeners: Listeners = Listeners()
+    sink: Sink | None = None  # where log records go
+    log_timeout: float = 5.0
 
 
 class Counts:
@@ -92,6 +95,7 @@ class Crew:
         self._settings = settings
         self._counts = counts
         self._numbers = 0
+        self._levels_version = 0  # that of the levels that workers know
         self._starts = Starts(loop, hub.give_up, has_initializer=settings.has_initializer)
         host.attach(self)
 
@@ -123,6 +127,7 @@ class Crew:
         worker = None
         try:
             worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now())
+            worker.channel.page.publish(*_levels.read())
             self._host.start(worker)
         except Exception as error:
             if worker is not None:
@@ -130,6 +135,7 @@ class Crew:
             self._start_failed(error)
             return False
         self.workers.add(worker)
+        self.publish_levels()  # once more: whoever changed them meanwhile did not see this one
         self._counts.started += 1
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
         self.call_sent(worker)
@@ -222,6 +228,18 @@ class Crew:
                 worker.channel.unsaid.append(key)
                 if not worker.inflight:
                     worker.channel.say()
+
+    def look_at_levels(self) -> None:
+        """See that a change of the loggers' levels reaches the workers before the next task. From any thread."""
+        if self._levels_version != _levels.version() and self._settings.sink is not None:
+            self.publish_levels()
+
+    def publish_levels(self) -> None:
+        """Let the workers know the levels of the loggers as they are now, before their next task. From any thread."""
+        self._levels_version, data = _levels.read()
+        for worker in list(self.workers):
+            with contextlib.suppress(ValueError):  # its page was unmapped just now
+                worker.channel.page.publish(self._levels_version, data)
 
     # Wait for work
 

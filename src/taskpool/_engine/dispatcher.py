@@ -31,6 +31,7 @@ from taskpool._engine.hosts import Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import Blocks
 from taskpool._engine.receiver import Receiver
+from taskpool._engine.reports import Reports
 from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
@@ -60,7 +61,7 @@ class Dispatcher:
         self.blocks = Blocks(self._loop.look_by)
         self._crew = Crew(self, self._loop, host, settings, self.counts)
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
-        self._logs = CallbackThread(f"{settings.name}-logs", "a worker's log record could not be handled")
+        self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
         self._receiver = Receiver(
             self._loop,
             self._crew,
@@ -68,7 +69,7 @@ class Dispatcher:
             settings=settings,
             counts=self.counts,
             callbacks=self.callbacks,
-            logs=self._logs,
+            reports=self._reports,
             blocks=self.blocks,
         )
         self._retries = self._receiver.retries
@@ -116,6 +117,10 @@ class Dispatcher:
                 self._host.close()  # nobody else would, if this executor is dropped now
                 raise
             self._thread = thread
+
+    def look_at_levels(self) -> None:
+        """See that a change of the loggers' levels reaches the workers before what is submitted next."""
+        self._crew.look_at_levels()
 
     @property
     def is_open(self) -> bool:
@@ -240,6 +245,7 @@ class Dispatcher:
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
+            self._reports.look()
             self._crew.take_lent(self.blocks.give_back)
             self.blocks.trim()
         if self._feeder.can_feed or self._crew.idle:
@@ -263,7 +269,7 @@ class Dispatcher:
 
     def log(self, level: int, text: str, *args: object, exc_info: BaseException | None = None) -> None:
         """Log a record of the engine's own where handlers may block."""
-        self._logs.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
+        self._reports.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
 
     def withdraw(self, worker: WorkerHandle) -> bool:
         """Put back in the queue what the worker has not read; return whether there was anything."""
@@ -318,7 +324,7 @@ class Dispatcher:
 
     def _has_work(self) -> bool:
         pickling = self._receiver.singling and self._phase != TERMINATING  # user code, which may hang
-        return bool(self._feeder or self._loop or pickling or self._retries)
+        return bool(self._feeder or self._loop or pickling or self._retries or self._reports)
 
     def _has_ended(self) -> bool:
         return self._phase != OPEN and not self._crew.workers and not self._has_work()
@@ -335,7 +341,7 @@ class Dispatcher:
         self._feeder.terminating = True  # what comes later, or comes back, is cancelled
         for close in (
             self._host.close,
-            lambda: self._logs.close(END_TIME),
+            self._reports.close,
             self._receiver.end,
             self._loop.close,
             self.blocks.close,

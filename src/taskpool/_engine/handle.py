@@ -11,6 +11,7 @@ from taskpool._engine import wire
 from taskpool._engine.channel import BETWEEN, IDLE, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
 from taskpool._engine.stop import ProcessHandle
 from taskpool._engine.units import Range, Unit
+from taskpool.logs import Source
 
 # A worker's life: STARTING (no word that it is ready) -> SERVING -> ENDING (it was told to, or said that it will)
 # -> DYING (its process has ended, its exit code is awaited) -> GONE.
@@ -21,6 +22,7 @@ STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal hand
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 10e-3  # tasks that take less, of late, are sent ahead of time: one,
+RECENT = 10  # log records that are kept for the report of a crash
 AHEAD_SECONDS = 16e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
 REST = 0.5e-3, 8e-3  # seconds, at least and at most, in which nobody listens to a worker that has several tasks:
 SEVERAL = 3
@@ -90,6 +92,11 @@ class WorkerHandle:
         self.end_by = math.inf  # while ENDING: when it is killed, or given up if it was
         self.hosted: Any = None  # what the host keeps about it
         self.seconds = math.inf  # how long a task of it takes, of late
+        self.batches_out = 0  # batches of log records that were queued,
+        self.batches_done = 0  # ... and that the listener has handled
+        self.is_held_up = False  # whether it is not read, since too many records wait
+        self.recent: deque[tuple[int, int, bytes]] = deque(maxlen=RECENT)  # its last records: unit, item, data
+        self.logged_by: tuple[int, int, Source] | None = None  # where the last one came from: unit, item, source
 
     def __repr__(self) -> str:
         return f"<worker {self.index} {self.state} pid={self.pid}>"
@@ -198,6 +205,10 @@ class WorkerHandle:
         if self.received != received:
             self.received = received
             self.progressed = now
+
+    def unit_of(self, unit_id: int) -> Unit | None:
+        """Return what is out with it under this id."""
+        return next((unit for unit in self.inflight if unit.id == unit_id), None)
 
     def write_interrupt(self, stop: Stop) -> None:
         """Write what shall be interrupted into the page: the item first, so that the pair is never mixed."""

@@ -6,7 +6,6 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, TypeGuard
 
-from taskpool import logs as worker_logs
 from taskpool._engine import verdicts, wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import ANY_ITEM
@@ -16,6 +15,7 @@ from taskpool._engine.handle import SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import LARGE, Blocks
 from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.reports import Reports
 from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
 from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame, Pickled
@@ -40,7 +40,7 @@ class Receiver:
         settings: What does not change.
         counts: Where it is noted how tasks ended.
         callbacks: The thread for what may run user code.
-        logs: The thread for log handlers.
+        reports: What workers log, and what waits behind that.
         blocks: Where large results lie.
     """
 
@@ -53,7 +53,7 @@ class Receiver:
         settings: Settings,
         counts: Counts,
         callbacks: CallbackThread,
-        logs: CallbackThread,
+        reports: Reports,
         blocks: Blocks,
     ) -> None:
         self.singling: set[Range] = set()  # those whose items are being pickled again, singly
@@ -65,7 +65,7 @@ class Receiver:
         self._has_listeners = bool(settings.listeners)
         self._counts = counts
         self._callbacks = callbacks
-        self._logs = logs
+        self._reports = reports
         self._blocks = blocks
 
     # What workers write
@@ -75,6 +75,8 @@ class Receiver:
         try:
             for frame in worker.channel.receive():
                 self._on_frame(worker, frame)
+                if self._reports.is_full and not worker.is_held_up:
+                    self._reports.pause(worker)
         except BadFrameError as error:
             worker.reason = f"what it wrote is not a frame ({error})"
             self._cannot_read(worker)
@@ -86,6 +88,8 @@ class Receiver:
             self._cannot_read(worker)
         except (EOFError, OSError):
             self._crew.channel_ended(worker)
+        finally:
+            self._reports.flush()
 
     def _cannot_read(self, worker: WorkerHandle) -> None:
         """It costs this worker, and the task it has in hand; what follows in the pipe means nothing."""
@@ -99,8 +103,7 @@ class Receiver:
                 frame = self._fetched(worker, frame)
             self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
-            task = self._name_of(worker, frame.unit)
-            self._logs.run(lambda: worker_logs.handle(wire.loads(frame.body), task))
+            self._reports.add(worker, frame)
         elif frame.kind == wire.REPORT:
             self._on_report(worker, frame)
         elif frame.kind == wire.HELLO:
@@ -123,9 +126,6 @@ class Receiver:
             with contextlib.suppress(OSError):  # no room, or no descriptor left
                 worker.channel.lend(self._blocks.take(size))
         return frame
-
-    def _name_of(self, worker: WorkerHandle, unit_id: int) -> str:
-        return next((unit.name for unit in worker.inflight if unit.id == unit_id), "")
 
     def _on_report(self, worker: WorkerHandle, frame: Frame) -> None:
         unit = worker.inflight[0] if worker.inflight else None
@@ -156,15 +156,19 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
-        if self._has_listeners or (policy is not None and policy.judges(ok=ok)):
+        if self._has_listeners or self._reports.is_behind(worker) or (policy is not None and policy.judges(ok=ok)):
             settled = settled_by(frame, worker.name, unit.attempt)
-            self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
+            self._settle(worker, Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)
         if ok:
             self._counts.finished += frame.items
         else:
             self._counts.failed += 1
         return unit.receive(frame, worker.name)
+
+    def _settle(self, worker: WorkerHandle, ended: Ended) -> None:
+        """Settle what has ended, once the records that came before are handled, unless it is tried again."""
+        self._reports.hold(worker, lambda: self.retries.consider(ended))
 
     def next_task(self, worker: WorkerHandle) -> None:
         """Give a worker that has nothing left something else to do, or let it wait."""
@@ -211,6 +215,7 @@ class Receiver:
             for item in range(unit.next, unit.stop):
                 unit.settle(Settled(item, 1, verdicts.cancelled(), attempts=unit.piece.attempt - 1))
         self.singling.clear()
+        self._reports.end()
 
     # Tasks that do not end by themselves
 
@@ -237,7 +242,7 @@ class Receiver:
         """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
         started = worker.channel.page.current()[2]
         settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, unit.attempt)
-        self.retries.consider(Ended(unit, settled, kind))
+        self._settle(worker, Ended(unit, settled, kind))
         if isinstance(unit, Range):
             self._counts.rerun += max(0, item - unit.next)
             piece = unit.rest(item)

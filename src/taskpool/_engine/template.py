@@ -290,8 +290,9 @@ def main(fd: int, preload: list[str], *, collects: bool = True) -> None:
     import multiprocessing.process  # noqa: F401
     import resource  # noqa: F401
 
+    import taskpool._engine.forwarding
     import taskpool._engine.worker
-    import taskpool.logs  # noqa: F401
+    import taskpool._levels  # noqa: F401
 
     template = Template(sock)
     if collects:

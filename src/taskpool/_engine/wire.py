@@ -391,6 +391,11 @@ def packet(kind: int, unit: int, stream: Bytes, *, index: int, seconds: float, a
     return ONE_PART.pack(kind, 0, 1, attempt, unit, index, 1, 0.0, seconds, len(stream)) + stream
 
 
+def log_frame(unit: int, item: int, record: bytes) -> bytes:
+    """Return the frame of a log record, as one piece."""
+    return ONE_PART.pack(LOG, 0, 1, 0, unit, item, 0, 0.0, 0.0, len(record)) + record
+
+
 def unit_of(frame: bytes) -> int:
     """Return the id of the unit that a whole frame is about."""
     return FRAME.unpack_from(frame)[4]  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ from taskpool._engine.channel import (
     INTERRUPT,
     INTERRUPT_ITEM,
     ITEM,
+    LEVELS,
     LOADING,
     PHASE,
     RUNNING,
@@ -117,6 +118,7 @@ class Worker:
         self._initializer = initializer, initargs
         self.interrupts = Interrupts(channel)
         self.name = ""
+        self._main_thread = threading.get_ident()
         self._handler = self.interrupts.handle  # one object, so that "is it still installed?" can be asked
         self._words = channel.page.words
         self._times = channel.page.times
@@ -125,6 +127,8 @@ class Worker:
         self._frame: Frame | None = None  # of the unit that runs
         self._task = "", "", 0  # the name of its task, the beginning of its id, and the number of its first item
         self._reported = 0.0  # when the last report was sent
+        self._levels_version: int | None = None  # of the loggers' levels; None if they are not the parent's
+        self._levels: dict[str, int] = {}
 
     # Life
 
@@ -149,9 +153,10 @@ class Worker:
 
     def _set_up(self, frame: Frame) -> None:
         try:
-            prefix, log_levels, _, sent_initializer = wire.loads(frame.body)
+            prefix, forwards_logs, _, sent_initializer = wire.loads(frame.body)
             self.name = f"{prefix}-{frame.item}"
-            self._forward_logs(log_levels)
+            if forwards_logs:
+                self._forward_logs()
             initializer, initargs = sent_initializer or self._initializer
             if initializer is not None:
                 initializer(*initargs)
@@ -165,22 +170,29 @@ class Worker:
         else:
             self._report(wire.READY, frame)
 
-    def _forward_logs(self, levels: dict[str, int]) -> None:
-        from taskpool.logs import forward_from_worker
+    def _forward_logs(self) -> None:
+        from taskpool._engine.forwarding import forward
 
-        forward_from_worker(self.send_log, self.name, levels)
+        forward(self.send_log)
+        self._apply_levels()
 
-    def send_log(self, record: dict[str, Any]) -> None:
+    def send_log(self, record: bytes) -> None:
         """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process.
 
         In a handler that interrupted the writing of another record: when that returns.
         """
-        body = wire.dumps(record)
-        self._send_beside(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
+        self._send_beside(wire.log_frame(self._words[UNIT], self._words[ITEM], record))
+
+    def _apply_levels(self) -> None:
+        """Take over the levels of the parent's loggers."""
+        from taskpool import _levels
+
+        self._levels_version, data = self.channel.page.levels()
+        self._levels = _levels.apply(data, self._levels)
 
     def _send_beside(self, head: bytes, body: Pickled | None = None) -> None:
         """Write a frame from within a task, from whichever of its threads."""
-        shielded = threading.current_thread() is threading.main_thread()
+        shielded = threading.get_ident() == self._main_thread
         if shielded:
             self.interrupts.shield()
         try:
@@ -253,6 +265,8 @@ class Worker:
         return kind, body, seconds
 
     def _begin(self, unit: int) -> float:
+        if self._levels_version not in (self._words[LEVELS], None):
+            self._apply_levels()
         started = now()
         self._times[STARTED] = started
         self._words[ITEM] = 0

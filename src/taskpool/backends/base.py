@@ -13,7 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from taskpool import _carrier
 from taskpool._listeners import Listeners
+from taskpool.logs import Sink
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
@@ -38,6 +40,9 @@ class Setup(NamedTuple):
     shutdown_timeout: float | None = None
     idle_timeout: float | None = None
     listeners: Listeners = Listeners()
+    sink: Sink | None = None
+    log_timeout: float = 5.0
+    context: tuple[_carrier.Place, ...] = ()
 
 
 class Sleeper(Protocol):
@@ -169,6 +174,12 @@ class Backend(MapBackend):
     def is_here(self) -> bool:
         """Whether this process is the one that made this."""
         return self.pid == os.getpid()
+
+    def carrying(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with what the caller's context holds for its tasks, if that is anything."""
+        if self.setup.context or _carrier.has_bound():
+            return _carrier.load(fn, self.setup.context)
+        return fn
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """A thread begins to wait for this future; there is nothing that it could do itself."""

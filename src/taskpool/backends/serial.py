@@ -65,6 +65,10 @@ class SerialBackend(Backend):
         else:
             self._run(LocalCall(future, fn, args, kwargs, options))
 
+    def carrying(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as it is: tasks run in the caller's own context."""
+        return fn
+
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Run items of a map now, until the time of the whole call is over."""
         self._initialize()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from taskpool import _nesting, logs
+from taskpool import _nesting
 from taskpool._engine import functions, hosts, sharing, stop, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
@@ -50,6 +50,8 @@ class WorkersBackend(Backend):
             max_tasks=setup.max_tasks_per_child,
             idle_timeout=setup.idle_timeout,
             listeners=setup.listeners,
+            sink=setup.sink,
+            log_timeout=setup.log_timeout,
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue)
         self._keeps = handles  # of the initializer's arguments
@@ -72,6 +74,7 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
+        dispatcher.look_at_levels()
         call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
@@ -90,6 +93,7 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
+        dispatcher.look_at_levels()
         pieces = make_pieces(job, first, items, dispatcher.blocks)
         for piece in pieces:
             self._note_sent(piece.keeps)
@@ -224,7 +228,7 @@ def _check_not_bootstrapping(context: Any) -> None:
 def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | functions.Globals) -> wire.Pickled:
     place = _nesting.Place(setup.max_workers)
     try:
-        return wire.frozen(wire.dumps_for_worker((setup.name, logs.current_levels(), place, initializer)))
+        return wire.frozen(wire.dumps_for_worker((setup.name, setup.sink is not None, place, initializer)))
     except Exception as cause:
         raise NotSendableError(
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
