@@ -24,14 +24,22 @@ LogsOption: TypeAlias = "str | os.PathLike[str] | logging.Logger | logging.Handl
 OUTPUT = "taskpool.output"  # the logger of what tasks print
 
 
-class Source(NamedTuple):
+class Source:
     """Where a record came from: task and worker."""
 
-    task: str
-    id: str
-    attempt: int
-    worker: str
-    pid: int | None
+    def __init__(self, task: str, task_id: str, attempt: int, worker: str, pid: int | None) -> None:
+        self.task = task
+        self.id = task_id
+        self.attempt = attempt
+        self.worker = worker
+        self.pid = pid
+        self.attributes: dict[str, Any] = {  # of each record
+            "process": pid,
+            "taskpool_task": task,
+            "taskpool_id": task_id,
+            "taskpool_attempt": attempt,
+            "taskpool_worker": worker,
+        }
 
 
 class Sink:
@@ -60,43 +68,31 @@ class Sink:
 # Records of standard logging
 
 
+Site: TypeAlias = tuple[str, int, str, str, int, str]  # name, level, its name, path, line, function
+
+
 def make_record(source: Source, fields: tuple[Any, ...]) -> Record:
     """Return the record that was logged in a worker, with what tells where that was."""
-    _, name, level, level_name, path, line, function, created, *rest = fields
-    thread, thread_name, process_name, message, args, error, stack, task_name, extra = rest
-    milliseconds = int((created - int(created)) * 1000) + 0.0
-    attributes = {
-        "name": name,
-        "msg": message,
-        "args": args or (),
-        "levelname": logging.getLevelName(level) if level_name.startswith("Level ") else level_name,
-        "levelno": level,
-        "pathname": path,
-        **_names_of(path),
-        "exc_info": None,
-        "exc_text": error,
-        "stack_info": stack,
-        "lineno": line,
-        "funcName": function,
-        "created": created,
-        "msecs": milliseconds,
-        "relativeCreated": (created - _STARTED) * 1000,
-        "thread": thread,
-        "threadName": thread_name,
-        "processName": process_name,
-        "process": source.pid,
-        "taskName": task_name,
-    }
+    _, site, created, thread, thread_name, process_name, message, args, error, stack, task_name, extra = fields
+    attributes = _attributes_of(site).copy()
+    attributes.update(source.attributes)
+    attributes["msg"] = message
+    attributes["args"] = args or ()
+    attributes["exc_text"] = error
+    attributes["stack_info"] = stack
+    attributes["created"] = created
+    attributes["msecs"] = (created - int(created)) * 1000 // 1
+    attributes["relativeCreated"] = (created - _STARTED) * 1000
+    attributes["thread"] = thread
+    attributes["threadName"] = thread_name
+    attributes["processName"] = process_name
+    attributes["taskName"] = task_name
     if extra is not None:
         attributes.update(extra)
-    return _mark(attributes, source)
+    return _as_record(attributes)
 
 
-def _mark(attributes: dict[str, Any], source: Source) -> Record:
-    attributes["taskpool_task"] = source.task
-    attributes["taskpool_id"] = source.id
-    attributes["taskpool_attempt"] = source.attempt
-    attributes["taskpool_worker"] = source.worker
+def _as_record(attributes: dict[str, Any]) -> Record:
     if logging.getLogRecordFactory() is not logging.LogRecord:  # it may add what formatters here rely on
         return logging.makeLogRecord(attributes)
     record = _new(logging.LogRecord)
@@ -104,26 +100,44 @@ def _mark(attributes: dict[str, Any], source: Source) -> Record:
     return record
 
 
+def _attributes_of(site: Site) -> dict[str, Any]:
+    """Return what all records of a line have."""
+    attributes = _sites.get(site)
+    if attributes is None:
+        if len(_sites) >= MOST_SITES:
+            _sites.clear()
+        name, level, level_name, path, line, function = site
+        attributes = _sites[site] = {
+            "name": name,
+            "levelno": level,
+            "levelname": logging.getLevelName(level) if level_name.startswith("Level ") else level_name,
+            "pathname": path,
+            **_names_of(path),
+            "lineno": line,
+            "funcName": function,
+            "exc_info": None,
+        }
+    return attributes
+
+
+MOST_SITES = 4096
+_sites: dict[Site, dict[str, Any]] = {}
+
 _new: Callable[[type[Record]], Record] = logging.LogRecord.__new__
 _first = logging.LogRecord("", 0, "", 0, "", (), None)
 _STARTED = _first.created - _first.relativeCreated / 1000  # when logging was loaded here
-_paths: dict[str, dict[str, str]] = {}
 
 
 def _names_of(path: str) -> dict[str, str]:
-    names = _paths.get(path)
-    if names is None:
-        file = os.path.basename(path)  # noqa: PTH119  (as logging has it, also for what is no path)
-        names = _paths[path] = {"filename": file, "module": os.path.splitext(file)[0]}  # noqa: PTH122
-    return names
+    file = os.path.basename(path)  # noqa: PTH119  (as logging has it, also for what is no path)
+    return {"filename": file, "module": os.path.splitext(file)[0]}  # noqa: PTH122
 
 
 def output_record(source: Source, line: str) -> Record:
     """Return the record of a line that a task has printed."""
     record = logging.LogRecord(OUTPUT, logging.INFO, "", 0, "%s", (line,), None)
-    attributes = vars(record)
-    attributes["process"], attributes["processName"] = source.pid, source.worker
-    return _mark(attributes, source)
+    record.__dict__.update(source.attributes, processName=source.worker)
+    return record
 
 
 # Events of structlog
@@ -149,10 +163,10 @@ def _record_of_event(source: Source, event: Event) -> Record:
     error = fields.pop("exception", None)
     text += [f"{key}={value!r}" for key, value in fields.items()]
     level = _level_of(event.method)
-    attributes = {f"structlog_{key}" if key in _TAKEN else key: value for key, value in fields.items()}
-    data = (event.path, event.line, event.function, event.created, event.thread, event.thread_name)
-    rest = ("", " ".join(text), None, error, None, None, attributes)
-    return make_record(source, (RECORD, event.name or "structlog", level, logging.getLevelName(level), *data, *rest))
+    extra = {f"structlog_{key}" if key in _TAKEN else key: value for key, value in fields.items()}
+    site = event.name or "structlog", level, logging.getLevelName(level), event.path, event.line, event.function
+    place = event.created, event.thread, event.thread_name, source.worker
+    return make_record(source, (RECORD, site, *place, " ".join(text), None, error, None, None, extra))
 
 
 _TAKEN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
@@ -364,8 +378,8 @@ def render(data: bytes) -> str:
     """Return a record as a short line, for the report of a crash. Runs no user code."""
     fields = marshal.loads(data)
     if fields[0] == RECORD:
-        message, args = fields[11], fields[12]
-        return f"{fields[3]} {fields[1]}: {message % args if args else message}"[:500]
+        (name, _, level, *_), message, args = fields[1], fields[6], fields[7]
+        return f"{level} {name}: {message % args if args else message}"[:500]
     event = Event(*fields[1:])
     values = "".join(f" {key}={value!r}" for key, value in event.fields.items() if key != "event")
     return f"{event.method.upper()} {event.name or 'structlog'}: {event.fields.get('event')}{values}"[:500]

@@ -505,6 +505,20 @@ class WorkerChannel:
             while self._waiting and not self._is_writing:
                 self._write_waiting()
 
+    def send_small(self, frame: bytes) -> None:
+        """Write one frame as `send` does, in fewer steps if it fits into a packet and nothing is in its way."""
+        with self._lock:
+            if self._is_writing or self._waiting or len(frame) > PACKET:
+                self._waiting.append([frame])
+            else:
+                self._is_writing = True
+                try:
+                    os.write(self._results, frame)  # the system takes it whole or not at all
+                finally:
+                    self._is_writing = False
+            while self._waiting and not self._is_writing:
+                self._write_waiting()
+
     def _write_waiting(self) -> None:
         try:
             self._is_writing = True

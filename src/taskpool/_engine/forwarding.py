@@ -111,12 +111,7 @@ def _dumps(record: logging.LogRecord) -> bytes:
         extra = {name: plain(value) for name, value in fields.items() if name not in _STANDARD} or None
     data = (
         RECORD,
-        record.name,
-        record.levelno,
-        record.levelname,
-        record.pathname,
-        record.lineno,
-        record.funcName,
+        (record.name, record.levelno, record.levelname, record.pathname, record.lineno, record.funcName),
         record.created,
         record.thread,
         record.threadName,
@@ -131,7 +126,7 @@ def _dumps(record: logging.LogRecord) -> bytes:
     try:
         return marshal.dumps(data)
     except ValueError:  # some field is not what it should be, by a filter or a factory
-        return marshal.dumps(tuple(plain(value) for value in data))
+        return marshal.dumps(plain(data))
 
 
 def _is_plain(message: Any, args: Any) -> bool:

@@ -181,7 +181,17 @@ class Worker:
 
         In a handler that interrupted the writing of another record: when that returns.
         """
-        self._send_beside(wire.log_frame(self._words[UNIT], self._words[ITEM], record))
+        words = self._words
+        frame = wire.log_frame(words[UNIT], words[ITEM], record)
+        if threading.get_ident() != self._main_thread:
+            self.channel.send_small(frame)
+            return
+        interrupts = self.interrupts
+        interrupts.shield()
+        try:
+            self.channel.send_small(frame)
+        finally:
+            interrupts.unshield()
 
     def _apply_levels(self) -> None:
         """Take over the levels of the parent's loggers."""
