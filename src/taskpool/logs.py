@@ -13,9 +13,11 @@ import contextlib
 import logging
 import marshal
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
+from taskpool._current import running
 from taskpool._plain import RECORD
 
 Record: TypeAlias = logging.LogRecord
@@ -64,6 +66,9 @@ class Sink:
     def close(self) -> None:
         """No record comes any more."""
 
+    def __repr__(self) -> str:
+        return f"<records {type(self).__name__}>"
+
 
 # Records of standard logging
 
@@ -93,8 +98,11 @@ def make_record(source: Source, fields: tuple[Any, ...]) -> Record:
 
 
 def _as_record(attributes: dict[str, Any]) -> Record:
-    if logging.getLogRecordFactory() is not logging.LogRecord:  # it may add what formatters here rely on
-        return logging.makeLogRecord(attributes)
+    factory = logging.getLogRecordFactory()
+    if getattr(factory, "behind", factory) is not logging.LogRecord:  # it may add what formatters here rely on
+        record = logging.makeLogRecord({})
+        record.__dict__.update(attributes)
+        return record
     record = _new(logging.LogRecord)
     record.__dict__ = attributes
     return record
@@ -138,6 +146,32 @@ def output_record(source: Source, line: str) -> Record:
     record = logging.LogRecord(OUTPUT, logging.INFO, "", 0, "%s", (line,), None)
     record.__dict__.update(source.attributes, processName=source.worker)
     return record
+
+
+# Tasks that run in this process
+
+
+class MarkingFactory:
+    """Makes the records of this process, and says of those that tasks log from which they came."""
+
+    def __init__(self, behind: Callable[..., Record]) -> None:
+        self.behind = behind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Record:
+        """Make a record."""
+        record = self.behind(*args, **kwargs)
+        task = running.get()
+        if task is not None:
+            source = Source(task.name, task.id, task.attempt, threading.current_thread().name, record.process)
+            record.__dict__.update(source.attributes)
+        return record
+
+
+def mark_here() -> None:
+    """Have records say from which task they came, where tasks run in threads of this process."""
+    factory = logging.getLogRecordFactory()
+    if not isinstance(factory, MarkingFactory):
+        logging.setLogRecordFactory(MarkingFactory(factory))
 
 
 # Events of structlog

@@ -22,9 +22,10 @@ from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
 from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
-from taskpool.backends.base import Setup
+from taskpool.backends.base import Setup, refuse
 from taskpool.errors import RemoteError, TaskTimeoutError
 from taskpool.events import How, TaskEnded, TaskRetried
+from taskpool.logs import Forward, mark_here
 
 _orders = itertools.count()
 
@@ -127,6 +128,18 @@ class Ran(NamedTuple):
     seconds: float
     worker: str | None
     attempts: int
+
+
+def log_here(backend: str, setup: Setup) -> None:
+    """See that records of tasks say from which they came; they go to the program's own handlers, as all of its records.
+
+    Raises:
+        UnsupportedError: If they shall go anywhere else.
+    """
+    if isinstance(setup.sink, Forward):
+        mark_here()
+    elif setup.sink is not None:
+        refuse(backend, logs=setup.sink)
 
 
 def not_run(task: LocalTask) -> Ran:

@@ -26,6 +26,7 @@ from taskpool.backends.local import (
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    log_here,
     not_run,
     run_task,
     stack_of,
@@ -45,6 +46,7 @@ class SerialBackend(Backend):
             preload=setup.preload,
             max_tasks_per_child=setup.max_tasks_per_child,
         )
+        log_here(name, setup)
         self.workers = 1
         self._alarms = Alarms(setup.name)
         self._running: list[LocalRun] = []

@@ -31,6 +31,7 @@ from taskpool.backends.local import (
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    log_here,
     not_run,
     run_task,
     stack_of,
@@ -62,6 +63,7 @@ class ThreadBackend(Backend):
             preload=setup.preload,
             max_tasks_per_child=setup.max_tasks_per_child,
         )
+        log_here(name, setup)
         self._alarms = Alarms(setup.name)
         self._heap: list[tuple[int, int, int, LocalTask]] = []
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
