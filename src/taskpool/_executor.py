@@ -27,7 +27,7 @@ from taskpool.logs import LogsOption, sink_for
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from taskpool._records import Stats
+    from taskpool._records import RunningTask, Stats
     from taskpool._results import MapResults
     from taskpool._retry import Retry
     from taskpool.events import Listener
@@ -194,6 +194,17 @@ class Executor(Calls, _StandardExecutor):
     def stats(self) -> Stats:
         """Return what the executor is doing and has done, as a frozen record."""
         return self._backend.stats()
+
+    def stacks(self) -> list[RunningTask]:
+        """Return the tasks that run right now and where each is, without stopping any, whoever holds the GIL.
+
+        Waits up to a second for a worker that is stopped or in the kernel; what that runs has no stack.
+
+        Raises:
+            ForkedExecutorError: If this process is a fork of the one that made the executor.
+        """
+        self._backend.check_process()
+        return self._backend.stacks()
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         """Leave `with`: finish what was accepted.

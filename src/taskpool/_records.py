@@ -27,6 +27,29 @@ class Capabilities:
 
 
 @attrs.frozen
+class RunningTask:
+    """A task that runs, as `Executor.stacks` found it.
+
+    Attributes:
+        task: Its name.
+        id: What tells it apart.
+        attempt: Which attempt it makes, from 1.
+        worker: The name of the worker.
+        pid: Its process.
+        seconds: How long it has been running.
+        stack: Where it is, and where the other threads of its process are; None if that could not be read in time.
+    """
+
+    task: str
+    id: str
+    attempt: int
+    worker: str
+    pid: int
+    seconds: float
+    stack: str | None
+
+
+@attrs.frozen
 class Stats:
     """What an executor is doing and has done.
 

@@ -104,6 +104,10 @@ class Owner(Protocol):
         """Whether the task has started in a worker and not ended."""
         ...
 
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where the task of this future is right now; None if it does not run."""
+        ...
+
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run a future's callbacks on a thread where they may block."""
 
@@ -231,6 +235,19 @@ class TaskFuture(Future[T]):
         if self._owner is None or state not in (SENT, STOPPING):
             return state in (SENT, STOPPING)
         return self._owner.is_running(self)
+
+    def stack(self) -> str | None:
+        """Return where the task is right now, and where the other threads of its process are; None if it does not run.
+
+        The task goes on. It does not matter whether it holds the GIL: the text is written from within a signal handler.
+
+        Raises:
+            ForkedExecutorError: If the future belongs to the process that this one was forked from.
+        """
+        if self._owner is None or self._state not in (SENT, STOPPING):
+            return None
+        self._owner.check_process()
+        return self._owner.stack(self)
 
     def result(self, timeout: float | None = None) -> T:
         """Return the task's result, or raise its error.

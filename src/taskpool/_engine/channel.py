@@ -80,6 +80,10 @@ class Page:
         text = self._map[STACK_AT:].split(b"\0", 1)[0]
         return text.decode(errors="replace").strip() or None
 
+    def clear_stack(self) -> None:
+        """Forget it."""
+        self._map[STACK_AT:] = bytes(PAGE_SIZE - STACK_AT)
+
     def publish(self, version: int, levels: bytes) -> None:
         """Write the levels of the parent's loggers, unless a newer version stands there. From any thread of the parent.
 
@@ -174,6 +178,8 @@ class Channel:
             self.page = Page(page)
             self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
             opened.append(self.worker_end.life)
+            self.page_file = os.dup(page)  # whose position the worker's has, too
+            opened.append(self.page_file)
             self.unread = _reopen(task_r)
         except OSError:
             for fd in opened:
@@ -181,7 +187,7 @@ class Channel:
             raise
         os.set_blocking(self.tasks, False)
         os.set_blocking(self.results, False)
-        keep_from_children({self.tasks, self.results, self.life, self.life_r, *self.worker_end.fds})
+        keep_from_children({self.tasks, self.results, self.life, self.life_r, self.page_file, *self.worker_end.fds})
         if self.unread is not None:
             keep_from_children({self.unread})
         self.has_life = True  # whether the life pipe's writing end is open
@@ -351,6 +357,11 @@ class Channel:
         """Forget the fetched frame: it has been dealt with."""
         self.received += len(self._fetched.popleft())
 
+    def clear_stack(self) -> None:
+        """Make room for stacks in the page, from its beginning on."""
+        self.page.clear_stack()
+        os.lseek(self.page_file, STACK_AT, os.SEEK_SET)
+
     def lend(self, block: memory.Block) -> None:
         """Let the worker write its next large result into this block."""
         self.lent = block
@@ -394,7 +405,7 @@ class Channel:
         self.is_open = False
         self.worker_end.close()
         self.end_life()
-        for fd in (self.tasks, self.results, self.life_r, self.unread):
+        for fd in (self.tasks, self.results, self.life_r, self.unread, self.page_file):
             if fd is not None:
                 close_kept(fd)
         self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from taskpool import _levels, errors
 from taskpool._engine import stop
+from taskpool._engine.autopsy import OutOfMemoryKills
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
 from taskpool._engine.loop import Loop
@@ -96,6 +97,7 @@ class Crew:
         self._counts = counts
         self._numbers = 0
         self._levels_version = 0  # that of the levels that workers know
+        self._memory_kills = OutOfMemoryKills()
         self._starts = Starts(loop, hub.give_up, has_initializer=settings.has_initializer)
         host.attach(self)
 
@@ -125,6 +127,7 @@ class Crew:
     def _start_one(self) -> bool:
         self._numbers += 1
         worker = None
+        self._memory_kills.begin()
         try:
             worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now())
             worker.channel.page.publish(*_levels.read())
@@ -413,6 +416,9 @@ class Crew:
         if not worker.explained:
             self._died_before_ready(worker)
         self._counts.replaced += self._hub.is_open and not worker.retiring
+        if worker.inflight:
+            own, worker.others_memory = stop.peak_memory(worker.process)
+            worker.peak_memory = None if own is None else own + worker.others_memory
         self._end_descendants(worker)  # before anybody asks for the exit code: that may reap, and free the id
         self._take_back(worker)  # others run it now: the exit code may be long in coming
         known = self._host.exitcode(worker)
@@ -460,6 +466,8 @@ class Crew:
             late = self._host.exitcode(worker)
             worker.exitcode = None if late is PENDING else late  # type: ignore[assignment]
         self.workers.discard(worker)
+        if worker.exitcode == -stop.KILL_SIGNAL and worker.inflight:
+            worker.out_of_memory = self._memory_kills.claim()
         self._counts.finished += worker.finished
         self._counts.failed += worker.failed
         self.remove_from_idle(worker)

@@ -32,6 +32,7 @@ from taskpool._engine.loop import Loop
 from taskpool._engine.memory import Blocks
 from taskpool._engine.receiver import Receiver
 from taskpool._engine.reports import Reports
+from taskpool._engine.stacks import RunningStack, Stacks
 from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
@@ -74,6 +75,7 @@ class Dispatcher:
         )
         self._retries = self._receiver.retries
         self._deadlines = Deadlines(self, self._loop, self._crew, settings.idle_timeout)
+        self._stacks = Stacks(self._loop)
         self._direct = Direct(
             self._loop,
             self._crew,
@@ -181,6 +183,19 @@ class Dispatcher:
                 if running is not None and running.unit.owns(future):
                     return True
         return False
+
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where this future's task is right now; None if it does not run. Waits for its worker, for a moment."""
+        for worker in list(self._crew.workers):
+            found = self._stacks.of(worker, lambda running: running.unit.owns(future))
+            if found is not None:
+                return found.stack
+        return None
+
+    def stacks(self) -> list[RunningStack]:
+        """Return what runs, and where it is."""
+        found = [self._stacks.of(worker, lambda _: True) for worker in list(self._crew.workers)]
+        return [each for each in found if each is not None]
 
     def close(self, *, cancel: bool = False) -> None:
         """Accept nothing more, finish what was accepted (or cancel what is queued), then end. Never blocks."""

@@ -92,6 +92,9 @@ class WorkerHandle:
         self.end_by = math.inf  # while ENDING: when it is killed, or given up if it was
         self.hosted: Any = None  # what the host keeps about it
         self.seconds = math.inf  # how long a task of it takes, of late
+        self.peak_memory: int | None = None  # once it has ended: bytes
+        self.others_memory = 0  # ... of what it had started and still lived then
+        self.out_of_memory: bool | None = None  # ... whether the kernel killed it for that
         self.batches_out = 0  # batches of log records that were queued,
         self.batches_done = 0  # ... and that the listener has handled
         self.is_held_up = False  # whether it is not read, since too many records wait

@@ -182,9 +182,12 @@ class TemplateHost(Host):
             self._by_pid[pid] = worker
             self._crew.process_known(worker, pid)
 
-    def _ended(self, template: _TemplateProcess, pid: int, exitcode: int) -> None:
+    def _ended(self, template: _TemplateProcess, pid: int, exitcode: int, memory: int | None) -> None:
         worker = self._by_pid.get(pid)
         if worker is not None:
+            self._crew.process_ended(worker)  # what it leaves is looked at there
+            if memory is not None:
+                worker.peak_memory = memory + worker.others_memory
             self._crew.exitcode_known(worker, exitcode)
         else:
             with contextlib.suppress(OSError):  # it was given up before it said who it is

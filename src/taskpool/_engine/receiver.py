@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, TypeGuard
 
-from taskpool._engine import verdicts, wire
+from taskpool._engine import autopsy, verdicts, wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import ANY_ITEM
 from taskpool._engine.crew import Counts, Crew, Settings
@@ -229,7 +229,7 @@ class Receiver:
         elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
             self._settle_stopped(worker, unit, item, worker.channel.page.stack())
         else:
-            self._fail_item(worker, unit, item, verdicts.crashed(worker, unit), CRASHED)
+            self._fail_item(worker, unit, item, autopsy.crashed(worker, unit, item), CRASHED)
 
     def _settle_stopped(self, worker: WorkerHandle, unit: Unit, item: int, stack: str | None) -> None:
         """The task was stopped: it passed its limit, or was cancelled."""

@@ -84,14 +84,16 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        body = (
-            Pickled(self._small) if self._large is None else self._large.pickled()
-        )  # once: blocks may fail any moment
+        body = self.pickled()  # once: blocks may fail any moment
         limit = self.options.task_timeout or 0.0
         head = wire.frame_head(
             wire.CALL, self.id, body, index=self.future.order, count=1, seconds=limit, attempt=self.attempt
         )
         return [head, *body.pieces()]
+
+    def pickled(self) -> Pickled:
+        """Return what was pickled, as it would be sent."""
+        return Pickled(self._small) if self._large is None else self._large.pickled()
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""

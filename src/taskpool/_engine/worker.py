@@ -92,7 +92,7 @@ class Interrupts:
         import traceback
 
         self.armed = 0
-        self.stack = "".join(traceback.format_stack(frame))
+        self.stack = "".join(traceback.format_stack(frame)) + _other_stacks()
         raise TaskInterrupt
 
     def shield(self) -> None:
@@ -519,6 +519,18 @@ class RangeRun:
         self.worker._words[PHASE] = RUNNING
         self.index += 1
         self.first = self.index
+
+
+def _other_stacks() -> str:
+    """Return the stacks of all threads but this one."""
+    import traceback
+
+    me, names = threading.get_ident(), {thread.ident: thread.name for thread in threading.enumerate()}
+    text = ""
+    for ident, frame in sys._current_frames().items():
+        if ident != me:
+            text += f"\nThread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+    return text
 
 
 def _failed(kind: int, error: BaseException) -> tuple[int, Pickled | None]:

@@ -22,7 +22,7 @@ from taskpool._task import TaskFuture
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
 
 if TYPE_CHECKING:
-    from taskpool._records import Capabilities, Stats
+    from taskpool._records import Capabilities, RunningTask, Stats
 
 
 class Setup(NamedTuple):
@@ -224,6 +224,14 @@ class Backend(MapBackend):
     @abstractmethod
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether the task has started and not ended."""
+
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where the task of this future is right now; None if it does not run."""
+        return next((running.stack for running in self.stacks() if running.id == future.task_id), None)
+
+    @abstractmethod
+    def stacks(self) -> list[RunningTask]:
+        """Return the tasks that run, and where they are."""
 
     @abstractmethod
     def run_callbacks(self, run: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from taskpool._engine.threads import undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
+from taskpool._records import RunningTask
 from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.backends.base import Setup, refuse
@@ -304,6 +306,19 @@ def stack_of(thread_id: int) -> str | None:
     """Return where a thread is."""
     frame = sys._current_frames().get(thread_id)
     return None if frame is None else "".join(traceback.format_stack(frame))
+
+
+def running_here(task: LocalTask, worker: str, began: float, thread_id: int | None) -> RunningTask:
+    """Return a task that runs in a thread of this process, and where that is."""
+    return RunningTask(
+        task=task.name,
+        id=task.id,
+        attempt=task.attempt,
+        worker=worker,
+        pid=os.getpid(),
+        seconds=max(0.0, time.monotonic() - began),
+        stack=None if thread_id is None else stack_of(thread_id),
+    )
 
 
 def interrupt_thread(thread_id: int) -> bool:

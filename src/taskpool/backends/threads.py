@@ -18,7 +18,7 @@ from taskpool._engine.threads import InterruptibleThread, undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._records import Stats
+from taskpool._records import RunningTask, Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
@@ -34,6 +34,7 @@ from taskpool.backends.local import (
     log_here,
     not_run,
     run_task,
+    running_here,
     stack_of,
     timed_out,
 )
@@ -428,6 +429,13 @@ class ThreadBackend(Backend):
                 self._start_threads()
             self._changed.notify_all()
         self._conclude(ended)
+
+    def stacks(self) -> list[RunningTask]:
+        """Look at each thread."""
+        running = [(thread, thread.task) for thread in list(self._threads)]
+        return [
+            running_here(task, thread.name, thread.began, thread.ident) for thread, task in running if task is not None
+        ]
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a thread runs this future's task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.errors import NestingError, NotSendableError, UnsupportedError
 
 if TYPE_CHECKING:
-    from taskpool._records import Capabilities, Stats
+    from taskpool._records import Capabilities, RunningTask, Stats
 
 
 class WorkersBackend(Backend):
@@ -127,6 +128,27 @@ class WorkersBackend(Backend):
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether the task has started."""
         return self._dispatcher.is_running(future)
+
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Ask its worker."""
+        return self._dispatcher.stack(future)
+
+    def stacks(self) -> list[RunningTask]:
+        """Ask every worker that runs something."""
+        from taskpool._records import RunningTask
+
+        return [
+            RunningTask(
+                task=running.unit.name,
+                id=running.unit.id_of(running.item),
+                attempt=running.unit.attempt,
+                worker=worker.name,
+                pid=worker.pid or 0,
+                seconds=max(0.0, time.monotonic() - running.started),
+                stack=stack,
+            )
+            for worker, running, stack in self._dispatcher.stacks()
+        ]
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Take the outcome at the worker's own pipe, if the task was handed to it directly."""
