@@ -275,6 +275,7 @@ class Executor(Calls, _StandardExecutor):
     def _wait_for_end(self, timeout: float | None) -> bool:
         ended = self._backend.join(timeout)
         if ended:
+            self._backend.failures.report_all()
             _open_backends.discard(self._backend)
         return ended
 

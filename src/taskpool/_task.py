@@ -25,6 +25,7 @@ from concurrent.futures._base import RUNNING as _RUNNING
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from taskpool._checks import check_seconds
+from taskpool._unseen import Failures, Unseen
 from taskpool.errors import ForkedExecutorError
 
 T = TypeVar("T")
@@ -97,6 +98,8 @@ class Failure(RawOutcome):
 class Owner(Protocol):
     """The backend's side of a future."""
 
+    failures: Failures
+
     def stop(self, future: TaskFuture[Any]) -> None:
         """Have the task of this future stopped; the future then resolves by itself. Never blocks."""
 
@@ -156,6 +159,7 @@ class TaskFuture(Future[T]):
     _waiters: Any = ()
     _done_callbacks: Any = ()
     _outcome: RawOutcome | None = None
+    _unseen: Unseen | None = None
 
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         self._lock = threading.RLock()
@@ -372,6 +376,8 @@ class TaskFuture(Future[T]):
         outcome = self._outcome
         if outcome is None:
             return
+        if self._unseen is not None:
+            self._unseen.is_over = True
         value, error = outcome.decode()
         with self._lock:
             if self._outcome is not None:
@@ -430,6 +436,8 @@ class TaskFuture(Future[T]):
                 return False
             if self._group is not None and not outcome.ok:
                 return False  # that stops the whole group
+            if not outcome.ok:
+                self._note_failure(outcome)
             self._outcome = outcome
             self.place = None
             self._state = DONE
@@ -457,12 +465,18 @@ class TaskFuture(Future[T]):
     def _resolve(self, event: str, outcome: RawOutcome | None) -> bool:
         if not self._step(event):
             return False
+        if outcome is not None and not outcome.ok:
+            self._note_failure(outcome)
         self._outcome = outcome
         if self.place is not None:
             self.place = None
         if self._waiters or self._sleepers or self._lazy_condition is not None or self._group is not None:
             self._tell(outcome)
         return True
+
+    def _note_failure(self, outcome: RawOutcome) -> None:
+        if self._owner is not None:
+            self._unseen = self._owner.failures.add(self.task_name, outcome)
 
     def _tell(self, outcome: RawOutcome | None) -> None:
         for waiter in self._waiters:

@@ -51,9 +51,17 @@ class Dispatcher:
         host: Who starts the processes.
         settings: What does not change.
         left_queue: Called with the future of each call that leaves the queue.
+        report_failures: Called at the end, where handlers may block, to log the failures that nobody looked at.
     """
 
-    def __init__(self, host: Host, settings: Settings, left_queue: Callable[[TaskFuture[Any]], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        settings: Settings,
+        left_queue: Callable[[TaskFuture[Any]], None],
+        report_failures: Callable[[], None],
+    ) -> None:
+        self._report_failures = report_failures
         self.counts = Counts()
         self.callbacks = CallbackThread(f"{settings.name}-callbacks", "a callback raised")
         self._settings = settings
@@ -197,6 +205,10 @@ class Dispatcher:
         found = [self._stacks.of(worker, lambda _: True) for worker in list(self._crew.workers)]
         return [each for each in found if each is not None]
 
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Have something logged in its turn; here, once all has ended."""
+        self._loop.post(self._reports.run, call)
+
     def close(self, *, cancel: bool = False) -> None:
         """Accept nothing more, finish what was accepted (or cancel what is queued), then end. Never blocks."""
         if not self._close_unstarted():
@@ -271,6 +283,8 @@ class Dispatcher:
     def _refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
         if function == self._retries.decided:
             self._retries.end()
+        elif function == self._reports.run:
+            argument()
         elif function == self._crew.bury_if_dead:
             self._crew.bury_if_dead(argument)
         else:
@@ -356,6 +370,7 @@ class Dispatcher:
         self._feeder.terminating = True  # what comes later, or comes back, is cancelled
         for close in (
             self._host.close,
+            lambda: self._reports.run(self._report_failures),
             self._reports.close,
             self._receiver.end,
             self._loop.close,

@@ -19,6 +19,7 @@ from taskpool.logs import Sink
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
+from taskpool._unseen import Failures
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Backend(MapBackend):
         self.workers: int = setup.max_workers
         self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+        self.failures: Failures = Failures(self.log_soon)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -162,6 +164,10 @@ class Backend(MapBackend):
         return Capabilities(
             kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
         )
+
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Log something where handlers may block. From any thread, at any moment."""
+        call()
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""

@@ -54,7 +54,7 @@ class WorkersBackend(Backend):
             sink=setup.sink,
             log_timeout=setup.log_timeout,
         )
-        self._dispatcher = Dispatcher(host, settings, super().left_queue)
+        self._dispatcher = Dispatcher(host, settings, super().left_queue, self.failures.report_all)
         self._keeps = handles  # of the initializer's arguments
         self._note_sent(handles)
 
@@ -158,6 +158,11 @@ class WorkersBackend(Backend):
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run callbacks on the callback thread."""
         self._dispatcher.callbacks.run(run)
+
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Have something logged by the thread that handles the workers' records; here, once that has ended."""
+        if self.is_here():
+            self._dispatcher.log_soon(call)
 
     # The end
 
