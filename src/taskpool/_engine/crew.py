@@ -84,10 +84,26 @@ class Hub(Protocol):
         """Log where handlers may block."""
 
 
+class WorkerTeller(Protocol):
+    """Who tells listeners about workers."""
+
+    def worker_started(self, worker: WorkerHandle) -> None:
+        """A start was begun."""
+
+    def worker_ready(self, worker: WorkerHandle) -> None:
+        """A worker takes tasks."""
+
+    def worker_died(self, worker: WorkerHandle) -> None:
+        """A worker has ended."""
+
+
 class Crew:
     """All workers. One that is idle stands in `idle`, from where a submitting thread may take it (see WorkerHandle)."""
 
-    def __init__(self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts) -> None:
+    def __init__(
+        self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts, teller: WorkerTeller
+    ) -> None:
+        self._teller = teller
         self.workers: set[WorkerHandle] = set()
         self.idle: deque[WorkerHandle] = deque()
         self._hub = hub
@@ -140,6 +156,7 @@ class Crew:
         self.workers.add(worker)
         self.publish_levels()  # once more: whoever changed them meanwhile did not see this one
         self._counts.started += 1
+        self._teller.worker_started(worker)
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
         self.call_sent(worker)
         return True
@@ -176,6 +193,7 @@ class Crew:
         worker.explained = True
         if worker.state == STARTING:
             worker.state = SERVING
+            self._teller.worker_ready(worker)
             self.make_idle(worker)
 
     # Starts that fail
@@ -415,7 +433,8 @@ class Crew:
         self._hub.read(worker)
         if not worker.explained:
             self._died_before_ready(worker)
-        self._counts.replaced += self._hub.is_open and not worker.retiring
+        worker.ended_early = self._hub.is_open and not worker.retiring
+        self._counts.replaced += worker.ended_early
         if worker.inflight:
             own, worker.others_memory = stop.peak_memory(worker.process)
             worker.peak_memory = None if own is None else own + worker.others_memory
@@ -472,6 +491,7 @@ class Crew:
         self._counts.failed += worker.failed
         self.remove_from_idle(worker)
         self._settle(worker)
+        self._teller.worker_died(worker)
         for fd in (worker.channel.results, worker.channel.tasks):
             self._loop.unwatch(fd)
         if worker.process is not None and worker.process.fd is not None:

@@ -33,6 +33,7 @@ from taskpool._engine.memory import Blocks
 from taskpool._engine.receiver import Receiver
 from taskpool._engine.reports import Reports
 from taskpool._engine.stacks import RunningStack, Stacks
+from taskpool._engine.telling import Teller
 from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
@@ -68,7 +69,8 @@ class Dispatcher:
         self._host = host
         self._loop = Loop(self._refuse_posted)
         self.blocks = Blocks(self._loop.look_by)
-        self._crew = Crew(self, self._loop, host, settings, self.counts)
+        self.teller = Teller(settings.name, settings.listeners, self.callbacks)
+        self._crew = Crew(self, self._loop, host, settings, self.counts, self.teller)
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
         self._receiver = Receiver(
@@ -79,6 +81,7 @@ class Dispatcher:
             counts=self.counts,
             callbacks=self.callbacks,
             reports=self._reports,
+            teller=self.teller,
             blocks=self.blocks,
         )
         self._retries = self._receiver.retries

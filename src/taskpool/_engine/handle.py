@@ -84,6 +84,7 @@ class WorkerHandle:
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
         self.failed = 0  # ... with an error
         self.retiring = False
+        self.ended_early = False
         self.paused_at: float | None = None  # since when a waiting thread watches what it writes
         self.rests_until = math.inf  # when what it wrote is looked at, if nobody listens until then
         self.exitcode: int | None = None

@@ -17,6 +17,7 @@ from taskpool._engine.memory import LARGE, Blocks
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.reports import Reports
 from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
+from taskpool._engine.telling import Teller
 from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame, Pickled
 from taskpool._map import Settled
@@ -41,6 +42,7 @@ class Receiver:
         counts: Where it is noted how tasks ended.
         callbacks: The thread for what may run user code.
         reports: What workers log, and what waits behind that.
+        teller: Who tells listeners what has begun.
         blocks: Where large results lie.
     """
 
@@ -54,6 +56,7 @@ class Receiver:
         counts: Counts,
         callbacks: CallbackThread,
         reports: Reports,
+        teller: Teller,
         blocks: Blocks,
     ) -> None:
         self.singling: set[Range] = set()  # those whose items are being pickled again, singly
@@ -66,6 +69,7 @@ class Receiver:
         self._counts = counts
         self._callbacks = callbacks
         self._reports = reports
+        self._teller = teller
         self._blocks = blocks
 
     # What workers write
@@ -104,6 +108,8 @@ class Receiver:
             self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
             self._reports.add(worker, frame)
+        elif frame.kind == wire.BEGUN:
+            self._teller.started(worker, frame)
         elif frame.kind == wire.REPORT:
             self._on_report(worker, frame)
         elif frame.kind == wire.HELLO:

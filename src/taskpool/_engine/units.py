@@ -196,6 +196,11 @@ class Piece:
         self.fresh = False  # whether it must run on a new worker, alone
 
     @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.job.options.name or name_of(self.job.fn)
+
+    @property
     def attempt(self) -> int:
         """Which attempt its items make, from 1."""
         return 1 if self.attempts is None else self.attempts.number
@@ -281,7 +286,7 @@ class Range:
         self.stop = stop
         self.tasks = stop - start
         self.options = piece.job.options
-        self.name = piece.job.options.name or name_of(piece.job.fn)
+        self.name = piece.name
 
     @property
     def job(self) -> MapJob:

@@ -129,6 +129,7 @@ class Worker:
         self._reported = 0.0  # when the last report was sent
         self._levels_version: int | None = None  # of the loggers' levels; None if they are not the parent's
         self._levels: dict[str, int] = {}
+        self.tells_starts = False  # whether somebody listens to that
 
     # Life
 
@@ -153,7 +154,7 @@ class Worker:
 
     def _set_up(self, frame: Frame) -> None:
         try:
-            prefix, forwards_logs, _, sent_initializer = wire.loads(frame.body)
+            prefix, (forwards_logs, self.tells_starts), _, sent_initializer = wire.loads(frame.body)
             self.name = f"{prefix}-{frame.item}"
             if forwards_logs:
                 self._forward_logs()
@@ -211,6 +212,10 @@ class Worker:
             if shielded:
                 self.interrupts.unshield()
 
+    def tell_start(self, unit: int, item: int, started: float) -> None:
+        """Say that something begins."""
+        self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
+
     # What a task asks about itself
 
     def current(self) -> _current.CurrentTask | None:
@@ -260,6 +265,8 @@ class Worker:
                 self._task = name or _current.name_of(fn), str(frame.item), 0
                 self._frame = frame
                 self._words[PHASE] = RUNNING
+                if self.tells_starts:
+                    self.tell_start(frame.unit, 0, started)
                 value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
                 del fn, args, kwargs
@@ -416,7 +423,8 @@ class RangeRun:
         began = now()
         until = began + (10 * LOOK if are_tiny else LOOK)
         first, last = self.index, min(self.index + (10 * SOME if are_tiny else SOME), self.end)
-        run = self._run_carefully if self._limited or self._star else self._run_plainly
+        carefully = self._limited or self._star or self.worker.tells_starts
+        run = self._run_carefully if carefully else self._run_plainly
         self.index = 1 + run(self._items[first:last], first, until)
         if self.worker.interrupts.stack is not None:
             raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
@@ -442,10 +450,13 @@ class RangeRun:
     def _run_carefully(self, items: Sequence[Any], first: int, until: float) -> int:
         words, times, fn, star = self.worker._words, self.worker._times, self._fn, self._star
         values, clock = self.values, now
+        tell = self.worker.tell_start if self.worker.tells_starts else None
         index, ended = first, clock()
         for index, item in enumerate(items, first):
             times[STARTED] = ended  # nothing lies between the end of one item and the start of the next
             words[ITEM] = index
+            if tell is not None:
+                tell(self.frame.unit, index, ended)
             values.append(fn(*item) if star else fn(item))
             ended = clock()
             if ended >= until:

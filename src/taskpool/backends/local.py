@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
@@ -26,7 +27,18 @@ from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
 from taskpool.backends.base import Setup, refuse
 from taskpool.errors import RemoteError, TaskTimeoutError
-from taskpool.events import How, TaskEnded, TaskRetried
+from taskpool.events import (
+    Event,
+    How,
+    TaskEnded,
+    TaskQueued,
+    TaskRetried,
+    TaskStarted,
+    WorkerDied,
+    WorkerReady,
+    WorkerReplaced,
+    WorkerStarted,
+)
 from taskpool.logs import Forward, mark_here
 
 _orders = itertools.count()
@@ -88,6 +100,17 @@ class LocalTask:
         """Which attempt is being made, from 1."""
         return 1 if self.attempts is None else self.attempts.number
 
+    def tell_queued(self, setup: Setup) -> None:
+        """Tell the listeners that it was accepted."""
+        if setup.listeners:
+            setup.listeners.tell(TaskQueued(executor=setup.name, task=self.name, id=self.id, attempt=0))
+
+    def tell_started(self, setup: Setup, worker: str) -> None:
+        """Tell the listeners that an attempt begins."""
+        if setup.listeners:
+            event = TaskStarted(executor=setup.name, task=self.name, id=self.id, attempt=self.attempt, worker=worker)
+            setup.listeners.tell(event)
+
     def tell_retried(self, setup: Setup, error: BaseException | None, wait: float) -> None:
         """Tell the listeners that another attempt follows."""
         if setup.listeners:
@@ -121,6 +144,36 @@ class LocalTask:
         if self.attempts is None:
             self.attempts = Attempts(policy, self.name)
         return self.attempts.decide(outcome, seconds)
+
+
+class ThreadTeller:
+    """Tells listeners about worker threads, in these threads."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._lost: deque[str] = deque()  # that were abandoned, and have no successor yet
+
+    def _tell(self, event: Callable[..., Event], worker: str, **fields: Any) -> None:
+        self._setup.listeners.tell(event(executor=self._setup.name, worker=worker, pid=os.getpid(), **fields))
+
+    def started(self, worker: str) -> None:
+        """A thread begins."""
+        if self._setup.listeners:
+            self._tell(WorkerStarted, worker)
+            with contextlib.suppress(IndexError):
+                self._tell(WorkerReplaced, self._lost.popleft(), by=worker)
+
+    def ready(self, worker: str) -> None:
+        """It takes tasks."""
+        if self._setup.listeners:
+            self._tell(WorkerReady, worker)
+
+    def died(self, worker: str, *, early: bool) -> None:
+        """It has ended, or was abandoned."""
+        if self._setup.listeners:
+            if early:
+                self._lost.append(worker)
+            self._tell(WorkerDied, worker, exitcode=None, early=early)
 
 
 class Ran(NamedTuple):

@@ -101,7 +101,9 @@ class SerialBackend(Backend):
 
     def _run(self, task: LocalTask, deadline: float | None = None) -> None:
         """Run a task, as often as its policy asks for; the caller sleeps in between, as the worker that it is."""
+        task.tell_queued(self.setup)
         while task.claim():
+            task.tell_started(self.setup, "serial")
             wait = self._attempt(task, deadline)
             if wait is None:
                 return

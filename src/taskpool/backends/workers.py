@@ -83,6 +83,7 @@ class WorkersBackend(Backend):
             self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
+            dispatcher.teller.queued(future)
             dispatcher.submit(call)
         except BaseException:  # a signal handler's, anywhere in there
             self._slots.free(future)
@@ -98,6 +99,7 @@ class WorkersBackend(Backend):
         pieces = make_pieces(job, first, items, dispatcher.blocks)
         for piece in pieces:
             self._note_sent(piece.keeps)
+        dispatcher.teller.queued_items(pieces)
         dispatcher.submit_pieces(pieces)
 
     def _note_sent(self, handles: Sequence[sharing.Handle]) -> None:
@@ -254,8 +256,9 @@ def _check_not_bootstrapping(context: Any) -> None:
 
 def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | functions.Globals) -> wire.Pickled:
     place = _nesting.Place(setup.max_workers)
+    does = setup.sink is not None, bool(setup.listeners)  # forward logs, tell what begins
     try:
-        return wire.frozen(wire.dumps_for_worker((setup.name, setup.sink is not None, place, initializer)))
+        return wire.frozen(wire.dumps_for_worker((setup.name, does, place, initializer)))
     except Exception as cause:
         raise NotSendableError(
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
