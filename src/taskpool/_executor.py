@@ -68,6 +68,9 @@ class Executor(Calls, _StandardExecutor):
             handlers; the path of a file for JSON lines; or "off", which leaves logging in the workers as it is.
         log_timeout: The longest time, in seconds, that a task or its result waits for log handlers. Then it goes on;
             if too many records wait, further ones are dropped and counted.
+        output: What becomes of what tasks print, and of all that is written to the descriptors 1 and 2: "inherit" leaves
+            it where this process's own goes; "forward" makes log records of it, of the logger "taskpool.output";
+            "capture" keeps it for the future's `output`, and for that of `Outcome` records.
         context: Context variables whose values travel from the submitting code into each task; the bound context of
             structlog always does. Each must be a global of a module.
         name: The executor's name, in worker names, thread names and logs.
@@ -101,6 +104,7 @@ class Executor(Calls, _StandardExecutor):
         listeners: Iterable[Listener] = (),
         logs: LogsOption = "forward",
         log_timeout: float = 5.0,
+        output: str = "inherit",
         context: Iterable[ContextVar[Any]] = (),
         name: str | None = None,
     ) -> None:
@@ -128,6 +132,7 @@ class Executor(Calls, _StandardExecutor):
             listeners=_check_listeners(listeners),
             sink=sink_for(logs),
             log_timeout=max(0.0, check_seconds(log_timeout, "log_timeout", none=False) or 0.0),
+            output=_check_output(output, logs),
             context=_carrier.locate(_check_context_variables(context)),
         )
         if backend == "futures":
@@ -303,6 +308,16 @@ def _check_listeners(listeners: Any) -> Listeners:
     for listener in found:
         check_callable(listener, "a listener")
     return Listeners(found)
+
+
+def _check_output(output: object, logs: object) -> str:
+    if not isinstance(output, str):
+        raise TypeError(f'output must be "inherit", "forward" or "capture", not {output!r}')
+    if output not in ("inherit", "forward", "capture"):
+        raise ValueError(f'output must be "inherit", "forward" or "capture", not {output!r}')
+    if output == "forward" and logs == "off":
+        raise ValueError('output="forward" makes log records, which logs="off" sends nowhere')
+    return output
 
 
 def _check_context_variables(context: Any) -> Iterable[ContextVar[Any]]:

@@ -7,6 +7,7 @@ from typing import Any, Final
 # What a record in the channel begins with.
 RECORD: Final = 0  # of standard logging
 EVENT: Final = 1  # of structlog
+OUTPUT: Final = 2  # a line that was printed
 
 MAX_DEPTH = 8  # how deep containers travel as such
 

@@ -160,6 +160,9 @@ class TaskFuture(Future[T]):
     _done_callbacks: Any = ()
     _outcome: RawOutcome | None = None
     _unseen: Unseen | None = None
+    output: str = ""
+    """What the task has printed, once it has ended, with `Executor(output="capture")`: all of its attempts, the last
+    megabyte of each."""
 
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         self._lock = threading.RLock()

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from taskpool._current import running
-from taskpool._plain import RECORD
+from taskpool._plain import OUTPUT, RECORD
 
 Record: TypeAlias = logging.LogRecord
 LogsOption: TypeAlias = "str | os.PathLike[str] | logging.Logger | logging.Handler | Iterable[logging.Handler]"
 
-OUTPUT = "taskpool.output"  # the logger of what tasks print
+OUTPUT_LOGGER = "taskpool.output"  # of what tasks print
 
 
 class Source:
@@ -52,6 +52,8 @@ class Sink:
         fields = marshal.loads(data)
         if fields[0] == RECORD:
             self.log(make_record(source, fields))
+        elif fields[0] == OUTPUT:
+            self.log(output_record(source, fields[1]))
         else:
             self.log_event(source, Event(*fields[1:]))
 
@@ -143,7 +145,7 @@ def _names_of(path: str) -> dict[str, str]:
 
 def output_record(source: Source, line: str) -> Record:
     """Return the record of a line that a task has printed."""
-    record = logging.LogRecord(OUTPUT, logging.INFO, "", 0, "%s", (line,), None)
+    record = logging.LogRecord(OUTPUT_LOGGER, logging.INFO, "", 0, "%s", (line,), None)
     record.__dict__.update(source.attributes, processName=source.worker)
     return record
 
@@ -411,6 +413,8 @@ def _checked_path(text: str) -> str:
 def render(data: bytes) -> str:
     """Return a record as a short line, for the report of a crash. Runs no user code."""
     fields = marshal.loads(data)
+    if fields[0] == OUTPUT:
+        return f"printed: {fields[1]}"[:500]
     if fields[0] == RECORD:
         (name, _, level, *_), message, args = fields[1], fields[6], fields[7]
         return f"{level} {name}: {message % args if args else message}"[:500]

@@ -18,6 +18,7 @@ import fcntl
 import math
 import mmap
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -37,8 +38,8 @@ STACK_AT = 16 * 1024  # the stack's place
 PAGE_SIZE = 64 * 1024
 
 # The words of the page. The worker writes the first five, the parent the others. Four say which block of memory the
-# worker may write its next large result into; the last is the version of the levels.
-UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS = range(12)
+# worker may write its next large result into; then come the version of the levels, and two that nobody can guess.
+UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS, OUTPUT_KEY = range(13)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
@@ -122,10 +123,10 @@ def _page_file(opened: list[int]) -> int:
 
 
 class WorkerEnd:
-    """The four descriptors that a worker gets. Pickles where multiprocessing passes it to a new process."""
+    """The four descriptors that a worker gets, and a fifth for what its tasks print where that is wanted. Pickles where multiprocessing passes it to a new process."""
 
-    def __init__(self, tasks: int, results: int, life: int, page: int) -> None:
-        self.fds: tuple[int, ...] = (tasks, results, life, page)
+    def __init__(self, tasks: int, results: int, life: int, page: int, *output: int) -> None:
+        self.fds: tuple[int, ...] = (tasks, results, life, page, *output)
 
     @property
     def life(self) -> int:
@@ -164,11 +165,11 @@ def _receive_end(*duplicates: Any) -> WorkerEnd:
 class Channel:
     """The parent's end. All methods but `send_packet` belong to the dispatcher; `send_packet` to whoever owns the worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_output: bool = False) -> None:
         with descriptors.no_forks():
-            self._make()
+            self._make(has_output=has_output)
 
-    def _make(self) -> None:
+    def _make(self, *, has_output: bool) -> None:
         opened: list[int] = []
         try:
             task_r, self.tasks = _packet_pipe(opened)
@@ -176,8 +177,10 @@ class Channel:
             self.life_r, self.life = _pipe(opened)
             page = _page_file(opened)
             self.page = Page(page)
-            self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
-            opened.append(self.worker_end.life)
+            life = os.dup(self.life_r)
+            opened.append(life)
+            self.output, *output_w = _pipe(opened) if has_output else (None,)
+            self.worker_end = WorkerEnd(task_r, result_w, life, page, *output_w)
             self.page_file = os.dup(page)  # whose position the worker's has, too
             opened.append(self.page_file)
             self.unread = _reopen(task_r)
@@ -187,6 +190,10 @@ class Channel:
             raise
         os.set_blocking(self.tasks, False)
         os.set_blocking(self.results, False)
+        self.page.words[OUTPUT_KEY], self.page.words[OUTPUT_KEY + 1] = struct.unpack("<QQ", os.urandom(16))
+        if self.output is not None:
+            os.set_blocking(self.output, False)
+            keep_from_children({self.output})
         keep_from_children({self.tasks, self.results, self.life, self.life_r, self.page_file, *self.worker_end.fds})
         if self.unread is not None:
             keep_from_children({self.unread})
@@ -200,6 +207,11 @@ class Channel:
         self.lent: memory.Block | None = None  # for the worker's next large result
         self.received = 0
         self.is_open = True
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """What is read from the worker."""
+        return (self.results,) if self.output is None else (self.results, self.output)
 
     # Sending
 
@@ -405,11 +417,11 @@ class Channel:
         self.is_open = False
         self.worker_end.close()
         self.end_life()
-        for fd in (self.tasks, self.results, self.life_r, self.unread, self.page_file):
+        for fd in (self.tasks, self.results, self.life_r, self.unread, self.page_file, self.output):
             if fd is not None:
                 close_kept(fd)
         self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files
-        self.unread = None
+        self.unread = self.output = None
         self._sending = []
         if self.lent is not None:
             self.lent.close()  # not to be used again: a process that does not end may still write into it
@@ -455,7 +467,8 @@ class WorkerChannel:
     """The worker's end: blocking reads of tasks, whole frames of outcomes."""
 
     def __init__(self, end: WorkerEnd) -> None:
-        self._tasks, self._results, self.life, self.page_fd = end.fds
+        self._tasks, self._results, self.life, self.page_fd, *output = end.fds
+        self.output: int | None = output[0] if output else None
         self._waited = math.inf  # how long it took until the last task came
         self.page = Page(self.page_fd)
         self._lock = threading.RLock()

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     listeners: Listeners = Listeners()
     sink: Sink | None = None  # where log records go
     log_timeout: float = 5.0
+    output: str = "inherit"
 
 
 class Counts:
@@ -97,13 +98,26 @@ class WorkerTeller(Protocol):
         """A worker has ended."""
 
 
+class Outputs(Protocol):
+    """Who reads what workers print."""
+
+    is_on: bool  # whether that is wanted
+
+    def begin(self, worker: WorkerHandle) -> None:
+        """Read what this worker prints from now on."""
+
+    def end(self, worker: WorkerHandle) -> None:
+        """It prints no more."""
+
+
 class Crew:
     """All workers. One that is idle stands in `idle`, from where a submitting thread may take it (see WorkerHandle)."""
 
     def __init__(
-        self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts, teller: WorkerTeller
+        self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts, teller: WorkerTeller, outputs: Outputs
     ) -> None:
         self._teller = teller
+        self._outputs = outputs
         self.workers: set[WorkerHandle] = set()
         self.idle: deque[WorkerHandle] = deque()
         self._hub = hub
@@ -145,7 +159,7 @@ class Crew:
         worker = None
         self._memory_kills.begin()
         try:
-            worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now())
+            worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now(), has_output=self._outputs.is_on)
             worker.channel.page.publish(*_levels.read())
             self._host.start(worker)
         except Exception as error:
@@ -157,6 +171,7 @@ class Crew:
         self.publish_levels()  # once more: whoever changed them meanwhile did not see this one
         self._counts.started += 1
         self._teller.worker_started(worker)
+        self._outputs.begin(worker)
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
         self.call_sent(worker)
         return True
@@ -491,6 +506,7 @@ class Crew:
         self._counts.failed += worker.failed
         self.remove_from_idle(worker)
         self._settle(worker)
+        self._outputs.end(worker)
         self._teller.worker_died(worker)
         for fd in (worker.channel.results, worker.channel.tasks):
             self._loop.unwatch(fd)

@@ -30,6 +30,7 @@ from taskpool._engine.handle import SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import Blocks
+from taskpool._engine.outputs import Outputs
 from taskpool._engine.receiver import Receiver
 from taskpool._engine.reports import Reports
 from taskpool._engine.stacks import RunningStack, Stacks
@@ -70,9 +71,10 @@ class Dispatcher:
         self._loop = Loop(self._refuse_posted)
         self.blocks = Blocks(self._loop.look_by)
         self.teller = Teller(settings.name, settings.listeners, self.callbacks)
-        self._crew = Crew(self, self._loop, host, settings, self.counts, self.teller)
-        self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
+        self._outputs = Outputs(settings.output, self._loop, self._reports)
+        self._crew = Crew(self, self._loop, host, settings, self.counts, self.teller, self._outputs)
+        self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._receiver = Receiver(
             self._loop,
             self._crew,
@@ -82,6 +84,7 @@ class Dispatcher:
             callbacks=self.callbacks,
             reports=self._reports,
             teller=self.teller,
+            outputs=self._outputs,
             blocks=self.blocks,
         )
         self._retries = self._receiver.retries
@@ -95,8 +98,8 @@ class Dispatcher:
             read=self.read,
             is_open=lambda: self.is_open,
             # A worker that serves only so many tasks may end after each, and listeners are told of each end: both are
-            # the dispatcher's work.
-            takes=settings.max_tasks is None and not settings.listeners,
+            # the dispatcher's work. So is it to read what a task has printed.
+            takes=settings.max_tasks is None and not settings.listeners and not self._outputs.is_on,
         )
         self._phase = OPEN
         self._done = threading.Event()  # everything has ended: workers, host, threads

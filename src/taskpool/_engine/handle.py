@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from taskpool._engine import wire
 from taskpool._engine.channel import BETWEEN, IDLE, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
+from taskpool._engine.printed import Printed
 from taskpool._engine.stop import ProcessHandle
 from taskpool._engine.units import Range, Unit
 from taskpool.logs import Source
@@ -64,10 +65,10 @@ class WorkerHandle:
     by the turn's number, so that a thread that is late with this does not speak for the one that came after it.
     """
 
-    def __init__(self, index: int, name: str, now: float) -> None:
+    def __init__(self, index: int, name: str, now: float, *, has_output: bool = False) -> None:
         self.index = index
         self.name = name
-        self.channel = Channel()
+        self.channel = Channel(has_output=has_output)
         self.process: ProcessHandle | None = None
         self.state = STARTING
         self.turn = 0  # how often it began to wait for work
@@ -96,6 +97,7 @@ class WorkerHandle:
         self.peak_memory: int | None = None  # once it has ended: bytes
         self.others_memory = 0  # ... of what it had started and still lived then
         self.out_of_memory: bool | None = None  # ... whether the kernel killed it for that
+        self.printed: Printed | None = None  # what it has printed, where that is wanted
         self.batches_out = 0  # batches of log records that were queued,
         self.batches_done = 0  # ... and that the listener has handled
         self.is_held_up = False  # whether it is not read, since too many records wait

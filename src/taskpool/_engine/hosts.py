@@ -316,8 +316,9 @@ class _TemplateProcess:
             changes["imports"] = ["cloudpickle"]  # tasks that came by value need it: once here, not in each worker
             state["cloudpickle"] = True
         with _standard_streams() as streams:
-            fds = [*worker.channel.worker_end.fds, *streams, *_tracker_fd()]
-            limits = _limits(f"worker-{worker.index}")
+            channel = worker.channel.worker_end.fds
+            fds = [*channel, *streams, *_tracker_fd()]
+            limits = {**_limits(f"worker-{worker.index}"), "channel": len(channel)}
             self.line.send((tpl.START, self._requests, changes, limits, len(fds)), fds)
         self.starting[self._requests] = worker
         self._requests += 1

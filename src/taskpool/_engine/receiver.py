@@ -15,6 +15,7 @@ from taskpool._engine.handle import SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import LARGE, Blocks
 from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.outputs import Outputs
 from taskpool._engine.reports import Reports
 from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
 from taskpool._engine.telling import Teller
@@ -43,6 +44,7 @@ class Receiver:
         callbacks: The thread for what may run user code.
         reports: What workers log, and what waits behind that.
         teller: Who tells listeners what has begun.
+        outputs: What tasks print.
         blocks: Where large results lie.
     """
 
@@ -57,6 +59,7 @@ class Receiver:
         callbacks: CallbackThread,
         reports: Reports,
         teller: Teller,
+        outputs: Outputs,
         blocks: Blocks,
     ) -> None:
         self.singling: set[Range] = set()  # those whose items are being pickled again, singly
@@ -70,6 +73,7 @@ class Receiver:
         self._callbacks = callbacks
         self._reports = reports
         self._teller = teller
+        self._outputs = outputs
         self._blocks = blocks
 
     # What workers write
@@ -162,8 +166,8 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
-        if self._has_listeners or self._reports.is_behind(worker) or (policy is not None and policy.judges(ok=ok)):
-            settled = settled_by(frame, worker.name, unit.attempt)
+        if self._outputs.is_on or self._has_listeners or self._reports.is_behind(worker) or (policy is not None and policy.judges(ok=ok)):
+            settled = self._with_output(worker, unit, settled_by(frame, worker.name, unit.attempt))
             self._settle(worker, Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)
         if ok:
@@ -171,6 +175,15 @@ class Receiver:
         else:
             self._counts.failed += 1
         return unit.receive(frame, worker.name)
+
+    def _with_output(self, worker: WorkerHandle, unit: Unit, settled: Settled) -> Settled:
+        """Return what is settled, with what its task has printed, where that is kept."""
+        if not self._outputs.is_on:
+            return settled
+        text = "".join(
+            self._outputs.take(worker, unit, item) for item in range(settled.item, settled.item + settled.items)
+        )
+        return settled._replace(output=text)
 
     def _settle(self, worker: WorkerHandle, ended: Ended) -> None:
         """Settle what has ended, once the records that came before are handled, unless it is tried again."""
@@ -248,6 +261,7 @@ class Receiver:
         """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
         started = worker.channel.page.current()[2]
         settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, unit.attempt)
+        settled = self._with_output(worker, unit, settled)
         self._settle(worker, Ended(unit, settled, kind))
         if isinstance(unit, Range):
             self._counts.rerun += max(0, item - unit.next)

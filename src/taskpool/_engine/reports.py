@@ -26,10 +26,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import marshal
 import math
 import time
 from collections.abc import Callable
 
+from taskpool._plain import OUTPUT
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import BETWEEN
 from taskpool._engine.crew import END_TIME
@@ -120,6 +122,15 @@ class Reports:
         self._out += len(data)
         self._batch.add(source, data)
 
+    def add_output(self, worker: WorkerHandle, unit: Unit | None, item: int, line: str) -> None:
+        """Take a line that a worker has printed."""
+        data = marshal.dumps((OUTPUT, line))
+        worker.recent.append((0 if unit is None else unit.id, item, data))
+        if self._drops:
+            self._dropped += 1
+        else:
+            self._put(worker, source_of(worker, unit, item), data)
+
     def flush(self) -> None:
         """Queue what a worker has written: it has been read."""
         if self._batch is not None:
@@ -196,7 +207,8 @@ class Reports:
         self._full_since = min(self._full_since, now())
         worker.is_held_up = True
         self._paused.add(worker)
-        self._loop.pause(worker.channel.results)
+        for fd in worker.channel.sources:
+            self._loop.pause(fd)
         self._loop.wake_by(self._full_since + self._timeout)
         if self._has_room():  # the listener looked just before
             self._resume()
@@ -216,7 +228,8 @@ class Reports:
         for worker in self._paused:
             worker.is_held_up = False
             if worker.channel.is_open:
-                self._loop.resume(worker.channel.results)
+                for fd in worker.channel.sources:
+                    self._loop.resume(fd)
         self._paused.clear()
         self._full_since = math.inf
 

@@ -135,13 +135,14 @@ class Template:
             self.line.sock.close()
             for pidfd in self.workers.values():
                 os.close(pidfd)
-            *channel, out, err = fds[:6]
+            count = limits["channel"]
+            channel, (out, err), tracker = fds[:count], fds[count : count + 2], fds[count + 2 :]
             os.dup2(out, 1)
             os.dup2(err, 2)
             os.close(out)
             os.close(err)
             apply_limits(limits)
-            _hand_over_identity(limits, fds[6:])
+            _hand_over_identity(limits, tracker)
             _reseed()
 
             from taskpool._engine.channel import WorkerEnd

@@ -136,10 +136,17 @@ class Call:
 
     def settle(self, settled: Settled) -> None:
         """Resolve with an outcome."""
+        self.add_output(settled)
         self.future.finish(settled.outcome)
 
-    def settle_cancelled(self, _settled: Settled) -> None:
+    def add_output(self, settled: Settled) -> None:
+        """Keep what an attempt has printed."""
+        if settled.output:
+            self.future.output += settled.output
+
+    def settle_cancelled(self, settled: Settled) -> None:
         """Resolve as cancelled."""
+        self.add_output(settled)
         self.future.finish_cancelled()
 
     def report(self, _item: int, done: float, total: float) -> None:
@@ -345,6 +352,9 @@ class Range:
     def settle_cancelled(self, settled: Settled) -> None:
         """Give an item its outcome; nobody will ask for it if it was the map that was cancelled."""
         self.settle(settled)
+
+    def add_output(self, settled: Settled) -> None:
+        """What an attempt of an item has printed is in its outcome."""
 
     def report(self, item: int, done: float, total: float) -> None:
         """Note how far an item says it is."""

@@ -130,6 +130,7 @@ class Worker:
         self._levels_version: int | None = None  # of the loggers' levels; None if they are not the parent's
         self._levels: dict[str, int] = {}
         self.tells_starts = False  # whether somebody listens to that
+        self.marks = b""  # what marks in the output begin with; empty where there are none
 
     # Life
 
@@ -213,8 +214,14 @@ class Worker:
                 self.interrupts.unshield()
 
     def tell_start(self, unit: int, item: int, started: float) -> None:
-        """Say that something begins."""
-        self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
+        """Say that something begins, to whoever wants to know."""
+        if self.marks:
+            from taskpool._engine.printed import mark
+
+            _flush()
+            mark(self.marks, unit, item)
+        if self.tells_starts:
+            self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
 
     # What a task asks about itself
 
@@ -265,7 +272,7 @@ class Worker:
                 self._task = name or _current.name_of(fn), str(frame.item), 0
                 self._frame = frame
                 self._words[PHASE] = RUNNING
-                if self.tells_starts:
+                if self.tells_starts or self.marks:
                     self.tell_start(frame.unit, 0, started)
                 value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
@@ -422,15 +429,16 @@ class RangeRun:
         are_tiny = self._tiny >= TINY_IN_A_ROW
         began = now()
         until = began + (10 * LOOK if are_tiny else LOOK)
-        first, last = self.index, min(self.index + (10 * SOME if are_tiny else SOME), self.end)
-        carefully = self._limited or self._star or self.worker.tells_starts
+        some = 1 if self.worker.marks else 10 * SOME if are_tiny else SOME
+        first, last = self.index, min(self.index + some, self.end)
+        carefully = self._limited or self._star or self.worker.tells_starts or self.worker.marks
         run = self._run_carefully if carefully else self._run_plainly
         self.index = 1 + run(self._items[first:last], first, until)
         if self.worker.interrupts.stack is not None:
             raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
         ended = now()
         self._tiny = self._tiny + 1 if ended - began < TINY * (self.index - first) else 0
-        if ended - until >= LOOK or ended - self.group_started >= GROUP:
+        if ended - until >= LOOK or ended - self.group_started >= GROUP or self.worker.marks:
             self.flush()
 
     # The hot loops of every map, so what they need stands in local names; what the second one can do has its price.
@@ -450,7 +458,7 @@ class RangeRun:
     def _run_carefully(self, items: Sequence[Any], first: int, until: float) -> int:
         words, times, fn, star = self.worker._words, self.worker._times, self._fn, self._star
         values, clock = self.values, now
-        tell = self.worker.tell_start if self.worker.tells_starts else None
+        tell = self.worker.tell_start if self.worker.tells_starts or self.worker.marks else None
         index, ended = first, clock()
         for index, item in enumerate(items, first):
             times[STARTED] = ended  # nothing lies between the end of one item and the start of the next
@@ -583,6 +591,11 @@ def main(
     stop.write_stacks_to(channel.page_fd)
     namespace.begin()
     worker = Worker(channel, initializer, initargs)
+    if channel.output is not None:
+        from taskpool._engine import printed
+
+        worker.marks = printed.key_of(channel.page)
+        printed.redirect(channel.output)
     _current.set_source(worker.current)
     pid = os.getpid()
     os.register_at_fork(after_in_child=channel.close)

@@ -44,6 +44,7 @@ class Setup(NamedTuple):
     sink: Sink | None = None
     log_timeout: float = 5.0
     context: tuple[_carrier.Place, ...] = ()
+    output: str = "inherit"
 
 
 class Sleeper(Protocol):

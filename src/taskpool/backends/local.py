@@ -191,6 +191,7 @@ def log_here(backend: str, setup: Setup) -> None:
     Raises:
         UnsupportedError: If they shall go anywhere else.
     """
+    refuse(backend, output="" if setup.output == "inherit" else setup.output)
     if isinstance(setup.sink, Forward):
         mark_here()
     elif setup.sink is not None:

@@ -53,6 +53,7 @@ class WorkersBackend(Backend):
             listeners=setup.listeners,
             sink=setup.sink,
             log_timeout=setup.log_timeout,
+            output=setup.output,
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue, self.failures.report_all)
         self._keeps = handles  # of the initializer's arguments
