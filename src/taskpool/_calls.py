@@ -297,7 +297,12 @@ class Calls:
         label = check_progress(how.get("progress", False))
         source = _joined(iterables, strict=bool(how.get("strict", False)), may_be_async=kind is not MapResults)
         self._executor._check_open()
-        job = MapJob(self._executor._backend.carrying(fn), star=star or len(iterables) > 1, options=self._options, chunksize=chunksize)
+        job = MapJob(
+            self._executor._backend.carrying(fn),
+            star=star or len(iterables) > 1,
+            options=self._options,
+            chunksize=chunksize,
+        )
         results = kind(
             _Feeder(self._executor),
             job,

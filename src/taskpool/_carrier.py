@@ -55,7 +55,7 @@ def locate(variables: Iterable[ContextVar[Any]]) -> tuple[Place, ...]:
     for place in places:
         _places[place.variable] = place
     if places:  # functions of `__main__` that use one take it along, by its place
-        copyreg.pickle(ContextVar, _reduce)  # type: ignore[arg-type]
+        copyreg.pickle(ContextVar, _reduce)
     return places
 
 

@@ -39,7 +39,9 @@ PAGE_SIZE = 64 * 1024
 
 # The words of the page. The worker writes the first five, the parent the others. Four say which block of memory the
 # worker may write its next large result into; then come the version of the levels, and two that nobody can guess.
-UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS, OUTPUT_KEY = range(13)
+UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS, OUTPUT_KEY = range(
+    13
+)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
@@ -179,8 +181,9 @@ class Channel:
             self.page = Page(page)
             life = os.dup(self.life_r)
             opened.append(life)
-            self.output, *output_w = _pipe(opened) if has_output else (None,)
-            self.worker_end = WorkerEnd(task_r, result_w, life, page, *output_w)
+            printed = _pipe(opened) if has_output else ()
+            self.output: int | None = printed[0] if printed else None
+            self.worker_end = WorkerEnd(task_r, result_w, life, page, *printed[1:])
             self.page_file = os.dup(page)  # whose position the worker's has, too
             opened.append(self.page_file)
             self.unread = _reopen(task_r)

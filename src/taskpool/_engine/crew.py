@@ -114,7 +114,15 @@ class Crew:
     """All workers. One that is idle stands in `idle`, from where a submitting thread may take it (see WorkerHandle)."""
 
     def __init__(
-        self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts, teller: WorkerTeller, outputs: Outputs
+        self,
+        hub: Hub,
+        loop: Loop,
+        host: Host,
+        settings: Settings,
+        counts: Counts,
+        *,
+        teller: WorkerTeller,
+        outputs: Outputs,
     ) -> None:
         self._teller = teller
         self._outputs = outputs
@@ -159,7 +167,9 @@ class Crew:
         worker = None
         self._memory_kills.begin()
         try:
-            worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now(), has_output=self._outputs.is_on)
+            worker = WorkerHandle(
+                self._numbers, f"{self._settings.name}-{self._numbers}", now(), has_output=self._outputs.is_on
+            )
             worker.channel.page.publish(*_levels.read())
             self._host.start(worker)
         except Exception as error:

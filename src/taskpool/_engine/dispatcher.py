@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from taskpool._engine.callbacks import CallbackThread
-from taskpool._engine.crew import END_TIME, Counts, Crew, Settings
+from taskpool._engine.crew import Counts, Crew, Settings
 from taskpool._engine.deadlines import Deadlines
 from taskpool._engine.direct import Direct
 from taskpool._engine.feeder import Feeder
@@ -73,7 +73,7 @@ class Dispatcher:
         self.teller = Teller(settings.name, settings.listeners, self.callbacks)
         self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
         self._outputs = Outputs(settings.output, self._loop, self._reports)
-        self._crew = Crew(self, self._loop, host, settings, self.counts, self.teller, self._outputs)
+        self._crew = Crew(self, self._loop, host, settings, self.counts, teller=self.teller, outputs=self._outputs)
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._receiver = Receiver(
             self._loop,

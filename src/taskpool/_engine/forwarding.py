@@ -11,6 +11,7 @@ parent, which has it, and is taken off here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import marshal
 import sys
@@ -45,13 +46,11 @@ def forward(send: Send) -> None:
     _take_off_inherited()
 
     def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the channel is gone, and with it this process's reason to be
             send(_dumps(record))
-        except OSError:  # the channel is gone, and with it this process's reason to be
-            pass
         _call_handlers(logger, record)
 
-    logging.Logger.callHandlers = call_handlers  # type: ignore[method-assign]
+    logging.Logger.callHandlers = call_handlers  # type: ignore[method-assign, assignment]
     logging.getLogger().addHandler(_Placeholder())
     logging.lastResort = None
     logging.captureWarnings(capture=True)
@@ -109,7 +108,7 @@ def _dumps(record: logging.LogRecord) -> bytes:
     extra = None
     if len(fields) > _COUNT:
         extra = {name: plain(value) for name, value in fields.items() if name not in _STANDARD} or None
-    data = (
+    data: Any = (
         RECORD,
         (record.name, record.levelno, record.levelname, record.pathname, record.lineno, record.funcName),
         record.created,
@@ -183,7 +182,7 @@ class _StructlogFinder:
         return spec
 
 
-def _forward_structlog(structlog: ModuleType, send: Send) -> None:
+def _forward_structlog(structlog: Any, send: Send) -> None:
     def emit(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
         frame = _caller()
         site = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) if frame is not None else ("", 0, "")
@@ -191,10 +190,8 @@ def _forward_structlog(structlog: ModuleType, send: Send) -> None:
         thread = threading.current_thread()
         fields = {plain(key, 0): plain(value) for key, value in event.items()}
         data = (EVENT, plain(name), method, *site, time.time(), thread.ident, thread.name, fields)
-        try:
+        with contextlib.suppress(OSError):  # as above
             send(marshal.dumps(data))
-        except OSError:  # as above
-            pass
         raise structlog.DropEvent
 
     processors = [

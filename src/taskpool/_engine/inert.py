@@ -7,13 +7,13 @@ are stood in for by their names, and their instances by the name with its argume
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import io
 import itertools
 import pickle
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 from taskpool._engine.wire import Bytes, Pickled
 
@@ -22,10 +22,7 @@ MOST_TEXT = 300  # letters of the text that is made of it
 
 _HARMLESS: dict[tuple[str, str], Any] = {
     **{("builtins", cls.__name__): cls for cls in (set, frozenset, complex, range, slice, bytearray)},
-    **{
-        ("datetime", cls.__name__): cls
-        for cls in (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
-    },
+    **{("datetime", cls.__name__): cls for cls in (dt.date, dt.datetime, dt.time, dt.timedelta, dt.timezone)},
 }
 
 
@@ -131,7 +128,7 @@ class _Thing(metaclass=_Kind):
 class _Buffer(bytes):
     """A large buffer, which is not looked at."""
 
-    def __new__(cls, buffer: Bytes) -> _Buffer:
+    def __new__(cls, buffer: Bytes) -> Self:
         made = super().__new__(cls)
         made.size = len(buffer)  # type: ignore[attr-defined]
         return made

@@ -10,9 +10,8 @@ in the pipe when an outcome is read was written before that outcome, so it is ta
 
 from __future__ import annotations
 
-import contextlib
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from taskpool._engine.printed import Printed, key_of
 
@@ -22,21 +21,20 @@ if TYPE_CHECKING:
     from taskpool._engine.reports import Reports
     from taskpool._engine.units import Unit
 
-Mode = Literal["inherit", "forward", "capture"]
-
 READ = 64 * 1024
 READS = 16  # in one turn of the dispatcher's, for each worker
+
 
 class Outputs:
     """What the workers of an executor print.
 
     Args:
-        mode: What becomes of it.
+        mode: What becomes of it: "inherit", "forward" or "capture".
         loop: The dispatcher's loop.
         reports: Where records go.
     """
 
-    def __init__(self, mode: Mode, loop: Loop, reports: Reports) -> None:
+    def __init__(self, mode: str, loop: Loop, reports: Reports) -> None:
         self.is_on: bool = mode != "inherit"
         self._captures = mode == "capture"
         self._loop = loop

@@ -166,7 +166,12 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
-        if self._outputs.is_on or self._has_listeners or self._reports.is_behind(worker) or (policy is not None and policy.judges(ok=ok)):
+        if (
+            self._outputs.is_on
+            or self._has_listeners
+            or self._reports.is_behind(worker)
+            or (policy is not None and policy.judges(ok=ok))
+        ):
             settled = self._with_output(worker, unit, settled_by(frame, worker.name, unit.attempt))
             self._settle(worker, Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)

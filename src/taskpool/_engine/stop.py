@@ -27,7 +27,9 @@ from types import FrameType
 
 INTERRUPT_SIGNAL = signal.SIGUSR1
 STACK_SIGNAL = signal.SIGUSR2
-LIVE_SIGNAL = getattr(signal, "SIGRTMIN", 0) and signal.SIGRTMIN + 7  # one that nobody uses; asks for stacks, and no more
+LIVE_SIGNAL = (
+    getattr(signal, "SIGRTMIN", 0) and signal.SIGRTMIN + 7
+)  # one that nobody uses; asks for stacks, and no more
 KILL_SIGNAL = signal.SIGKILL
 
 _HAS_LIFE_SIGNAL = hasattr(fcntl, "F_SETSIG") and hasattr(os, "O_ASYNC")
@@ -54,13 +56,13 @@ class ProcessHandle:
         except (AttributeError, OSError):  # there are none, or no descriptor is left: the host sees its end
             pass
 
-    def send(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         """Send a signal; a process that has ended gets none."""
         with contextlib.suppress(OSError):
             if not self._send_by_fd(number) and not self.ended:
                 os.kill(self.pid, number)
 
-    def _send_by_fd(self, number: signal.Signals) -> bool:
+    def _send_by_fd(self, number: int) -> bool:
         """Send a signal by the pidfd; False if there is none, or it takes none, as in some sandboxes."""
         if self.fd is None:
             return False

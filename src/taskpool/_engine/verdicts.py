@@ -6,8 +6,10 @@ from concurrent.futures import CancelledError
 
 from taskpool import errors
 from taskpool._engine.handle import WorkerHandle
+from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.units import Unit
 from taskpool._task import Failure
+
 
 def timed_out(worker: WorkerHandle, unit: Unit, stack: str | None) -> Failure:
     """The task passed its limit and was stopped."""

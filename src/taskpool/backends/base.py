@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from taskpool import _carrier
 from taskpool._listeners import Listeners
-from taskpool.logs import Sink
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
 from taskpool._unseen import Failures
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
+from taskpool.logs import Sink
 
 if TYPE_CHECKING:
     from taskpool._records import Capabilities, RunningTask, Stats
