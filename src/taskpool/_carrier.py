@@ -97,7 +97,7 @@ def load(fn: Callable[..., Any], places: Iterable[Place]) -> Callable[..., Any]:
     module = sys.modules.get("structlog.contextvars")
     if module is not None:
         bound = {str(key): plain(value) for key, value in module.get_contextvars().items()}
-    return Carried(fn, values, bound) if values or bound else fn
+    return Carried(fn, values, bound)
 
 
 class Carried:

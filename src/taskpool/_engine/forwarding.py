@@ -52,7 +52,7 @@ def forward(send: Send) -> None:
 
     logging.Logger.callHandlers = call_handlers  # type: ignore[method-assign, assignment]
     logging.getLogger().addHandler(_Placeholder())
-    logging.lastResort = None
+    logging.lastResort = _Placeholder()
     logging.captureWarnings(capture=True)
     _report_uncaught()
     if "structlog" in sys.modules:
@@ -62,7 +62,7 @@ def forward(send: Send) -> None:
 
 
 class _Placeholder(logging.NullHandler):
-    """Stands at the root, so that `logging.basicConfig` in a module that a task imports finds that all is set up."""
+    """Stands at the root, so that `basicConfig` in a module that a task imports finds that all is set up; and behind all."""
 
 
 def _take_off_inherited() -> None:

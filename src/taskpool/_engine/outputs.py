@@ -72,15 +72,18 @@ class Outputs:
         if self._reports.is_full and not worker.is_held_up:
             self._reports.pause(worker)
 
+    def flush(self, worker: WorkerHandle, unit: Unit) -> None:
+        """Make records of all that a task has printed that has ended."""
+        if worker.printed is not None:
+            self.read(worker, unit)
+            self._emit(worker, rest=True, ended=unit)
+
     def take(self, worker: WorkerHandle, unit: Unit, item: int) -> str:
         """Return what a task has printed that has ended; empty where that became records."""
         if worker.printed is None:
             return ""
-        self.read(worker, unit)
-        if self._captures:
-            return worker.printed.take((unit.id, item))
-        self._emit(worker, rest=True, ended=unit)
-        return ""
+        self.flush(worker, unit)
+        return worker.printed.take((unit.id, item)) if self._captures else ""
 
     def _emit(self, worker: WorkerHandle, *, rest: bool, ended: Unit | None = None) -> None:
         """Make records of whole lines, and of what is left of the last one."""

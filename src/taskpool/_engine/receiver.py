@@ -253,6 +253,7 @@ class Receiver:
         elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
             self._settle_stopped(worker, unit, item, worker.channel.page.stack())
         else:
+            self._outputs.flush(worker, unit)
             self._fail_item(worker, unit, item, autopsy.crashed(worker, unit, item), CRASHED)
 
     def _settle_stopped(self, worker: WorkerHandle, unit: Unit, item: int, stack: str | None) -> None:
