@@ -73,11 +73,9 @@ def _take_off_inherited() -> None:
 
 
 def _report_uncaught() -> None:
-    """Log what ends a thread, and what cannot be raised anywhere, unless somebody else looks after that."""
-    if threading.excepthook is threading.__excepthook__:
-        threading.excepthook = _log_thread_error
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _log_unraisable
+    """Log what ends a thread, and what cannot be raised anywhere. A hook that a fork copied is the parent's."""
+    threading.excepthook = _log_thread_error
+    sys.unraisablehook = _log_unraisable
 
 
 def _log_thread_error(args: threading.ExceptHookArgs, /) -> None:
