@@ -710,7 +710,9 @@ def test_bad_ways_for_records_are_refused(logs: Any, error: type[Exception]) -> 
 
 
 @on_all
-def test_caplog_and_capture_logs_see_records(pool: Make, caplog: pytest.LogCaptureFixture, collector: Collector) -> None:
+def test_caplog_and_capture_logs_see_records(
+    pool: Make, caplog: pytest.LogCaptureFixture, collector: Collector
+) -> None:
     """Within their blocks, since all is handled when the result is there; each record names its task."""
     executor = pool(1)
     with caplog.at_level(logging.DEBUG):
