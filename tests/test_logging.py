@@ -669,7 +669,9 @@ def test_records_go_where_they_are_told_to(pool: Make, collector: Collector, tmp
     """A logger, handlers by their level, a file of JSON lines that several workers write, or nowhere."""
     own, other = Collector(), Collector()
     other.setLevel(logging.ERROR)
-    logger = logging.Logger("ours", logging.WARNING)
+    logger = logging.getLogger("tests.ours")
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
     logger.addHandler(own)
     executor = pool(1, logs=logger)
     executor.submit(talk.say, "one").result(PATIENCE)
@@ -695,6 +697,7 @@ def test_records_go_where_they_are_told_to(pool: Make, collector: Collector, tmp
     assert found[101]["parts"] == [1]
     assert [entry["message"] for entry in found][-1] == "plain"
     assert collector.texts == []
+    logger.removeHandler(own)
     executor = pool(1, logs="off")
     executor.submit(talk.say, "nowhere").result(PATIENCE)
     assert collector.texts == []
@@ -710,9 +713,7 @@ def test_bad_ways_for_records_are_refused(logs: Any, error: type[Exception]) -> 
 
 
 @on_all
-def test_caplog_and_capture_logs_see_records(
-    pool: Make, caplog: pytest.LogCaptureFixture, collector: Collector
-) -> None:
+def test_caplog_and_capture_logs_see_records(pool: Make, caplog: pytest.LogCaptureFixture) -> None:
     """Within their blocks, since all is handled when the result is there; each record names its task."""
     executor = pool(1)
     with caplog.at_level(logging.DEBUG):

@@ -478,6 +478,8 @@ class TaskFuture(Future[T]):
         return True
 
     def _note_failure(self, outcome: RawOutcome) -> None:
+        if self._unseen is not None:  # a signal handler came between noting it and resolving
+            self._unseen.is_over = True
         if self._owner is not None:
             self._unseen = self._owner.failures.add(self.task_name, outcome)
 

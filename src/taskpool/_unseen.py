@@ -71,5 +71,11 @@ class Failures:
 
     def report_all(self) -> None:
         """The executor ends: report what nobody has looked at so far."""
-        for unseen in list(self._unseen):
+        while True:
+            try:
+                left = list(self._unseen)
+                break
+            except RuntimeError:  # a task of some thread has failed just now
+                continue
+        for unseen in left:
             unseen.report(logging.WARNING, ENDED)

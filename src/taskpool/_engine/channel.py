@@ -58,6 +58,15 @@ now = time.monotonic
 _publishing = threading.RLock()  # reentrant: a signal handler that submits may interrupt this very thread in it
 
 
+def _start_afresh() -> None:
+    """In a forked child: forget the lock that some thread of the parent may have held."""
+    global _publishing
+    _publishing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
+
+
 class Page:
     """The shared words. Each is 8 bytes, aligned, written by one side only."""
 

@@ -74,6 +74,7 @@ class Dispatcher:
         self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
         self._outputs = Outputs(settings.output, self._loop, self._reports)
         self._crew = Crew(self, self._loop, host, settings, self.counts, teller=self.teller, outputs=self._outputs)
+        self.look_at_levels = self._crew.look_at_levels
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
         self._receiver = Receiver(
             self._loop,
@@ -133,10 +134,6 @@ class Dispatcher:
                 self._host.close()  # nobody else would, if this executor is dropped now
                 raise
             self._thread = thread
-
-    def look_at_levels(self) -> None:
-        """See that a change of the loggers' levels reaches the workers before what is submitted next."""
-        self._crew.look_at_levels()
 
     @property
     def is_open(self) -> bool:
@@ -347,6 +344,7 @@ class Dispatcher:
         self._phase = TERMINATING
         self._feeder.terminating = True
         self._retries.end()
+        self._reports.end_by(kill_at)
         self._deadlines.kill_at = min(self._deadlines.kill_at, kill_at)
         self._loop.wake_by(self._deadlines.kill_at)
         self._feeder.refuse_all()

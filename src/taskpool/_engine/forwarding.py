@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import marshal
+import os
 import sys
 import threading
 import time
@@ -105,7 +106,9 @@ def _dumps(record: logging.LogRecord) -> bytes:
         error = _format_error(record.exc_info)
     extra = None
     if len(fields) > _COUNT:
-        extra = {name: plain(value) for name, value in fields.items() if name not in _STANDARD} or None
+        extra = {name: plain(value) for name, value in fields.items() if name not in _STANDARD}
+        if record.process != os.getpid():  # of a worker of this worker's
+            extra["process"] = record.process
     data: Any = (
         RECORD,
         (record.name, record.levelno, record.levelname, record.pathname, record.lineno, record.funcName),

@@ -69,8 +69,6 @@ class Outputs:
                 break
             printed.feed(data)
         self._emit(worker, rest=False, ended=ended)
-        if self._reports.is_full and not worker.is_held_up:
-            self._reports.pause(worker)
 
     def flush(self, worker: WorkerHandle, unit: Unit) -> None:
         """Make records of all that a task has printed that has ended."""

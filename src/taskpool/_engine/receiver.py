@@ -68,7 +68,7 @@ class Receiver:
         self._crew = crew
         self._feeder = feeder
         self._settings = settings
-        self._has_listeners = bool(settings.listeners)
+        self._is_watched = bool(settings.listeners) or outputs.is_on
         self._counts = counts
         self._callbacks = callbacks
         self._reports = reports
@@ -83,8 +83,6 @@ class Receiver:
         try:
             for frame in worker.channel.receive():
                 self._on_frame(worker, frame)
-                if self._reports.is_full and not worker.is_held_up:
-                    self._reports.pause(worker)
         except BadFrameError as error:
             worker.reason = f"what it wrote is not a frame ({error})"
             self._cannot_read(worker)
@@ -166,12 +164,8 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
-        if (
-            self._outputs.is_on
-            or self._has_listeners
-            or self._reports.is_behind(worker)
-            or (policy is not None and policy.judges(ok=ok))
-        ):
+        is_behind = worker.batches_out != worker.batches_done and self._reports.is_behind(worker)
+        if is_behind or self._is_watched or (policy is not None and policy.judges(ok=ok)):
             settled = self._with_output(worker, unit, settled_by(frame, worker.name, unit.attempt))
             self._settle(worker, Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)

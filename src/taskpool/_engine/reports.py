@@ -42,6 +42,8 @@ from taskpool._plain import OUTPUT
 from taskpool.logs import Sink, Source
 
 BOUND = 8 << 20  # bytes of records that may wait
+LARGE = 16 * 1024  # bytes of a record that is not kept for the report of a crash
+_LARGE_ONE = marshal.dumps((OUTPUT, "[a large record]"))
 
 now = time.monotonic
 
@@ -94,6 +96,7 @@ class Reports:
         self._paused: set[WorkerHandle] = set()  # that are not read
         self._dropped = 0
         self._drops = False
+        self._end_by = math.inf  # when nobody waits any more, since the engine is terminated
 
     def __len__(self) -> int:
         """How many outcomes wait."""
@@ -109,27 +112,25 @@ class Reports:
     def add(self, worker: WorkerHandle, frame: Frame) -> None:
         """Take a record that a worker has written."""
         data = bytes(frame.body.stream)
-        worker.recent.append((frame.unit, frame.item, data))
+        self._put(worker, frame.unit, frame.item, self._source_of(worker, frame), data)
+
+    def _put(self, worker: WorkerHandle, unit: int, item: int, source: Source, data: bytes) -> None:
+        worker.recent.append((unit, item, data if len(data) <= LARGE else _LARGE_ONE))
         if self._drops:
             self._dropped += 1
             return
-        self._put(worker, self._source_of(worker, frame), data)
-
-    def _put(self, worker: WorkerHandle, source: Source, data: bytes) -> None:
         if self._batch is None:
             self._batch = Batch(self, worker)
             worker.batches_out += 1
         self._out += len(data)
         self._batch.add(source, data)
+        if self._out - self._done > BOUND and not worker.is_held_up:
+            self._pause(worker)
 
     def add_output(self, worker: WorkerHandle, unit: Unit | None, item: int, line: str) -> None:
         """Take a line that a worker has printed."""
         data = marshal.dumps((OUTPUT, line))
-        worker.recent.append((0 if unit is None else unit.id, item, data))
-        if self._drops:
-            self._dropped += 1
-        else:
-            self._put(worker, source_of(worker, unit, item), data)
+        self._put(worker, 0 if unit is None else unit.id, item, source_of(worker, unit, item), data)
 
     def flush(self) -> None:
         """Queue what a worker has written: it has been read."""
@@ -147,7 +148,10 @@ class Reports:
 
     def is_behind(self, worker: WorkerHandle) -> bool:
         """Whether records of this worker are still to be handled, and it makes sense to wait for that."""
-        return worker.batches_out != worker.batches_done and now() - self._since < self._timeout
+        if worker.batches_out == worker.batches_done:
+            return False
+        time_now = now()
+        return time_now - self._since < self._timeout and time_now < self._end_by
 
     def hold(self, worker: WorkerHandle, settle: Callable[[], None]) -> None:
         """Call `settle` when the worker's records have been handled, or `log_timeout` has passed."""
@@ -156,7 +160,7 @@ class Reports:
             return
         self.flush()
         number = next(self._numbers)
-        due = now() + self._timeout
+        due = min(now() + self._timeout, self._end_by)
         self._held[number] = due, settle
         self._thread.run(lambda: self._loop.post(self._release, number))
         self._loop.wake_by(due)
@@ -180,6 +184,12 @@ class Reports:
         elif self._paused:
             self._loop.wake_by(self._full_since + self._timeout)
 
+    def end_by(self, time: float) -> None:
+        """The engine is terminated: let nothing wait beyond the monotonic time `time`."""
+        self._end_by = min(self._end_by, time)
+        for number, (due, settle) in self._held.items():
+            self._held[number] = min(due, self._end_by), settle
+
     def end(self) -> None:
         """Settle all: nobody waits any more."""
         for number in list(self._held):
@@ -190,19 +200,15 @@ class Reports:
         self.flush()
         self._report_dropped()
         patience = min(max(self._timeout, END_TIME), LONGEST_WAIT)
-        while not self._thread.close(patience) and now() - self._since < patience:
-            pass
+        while not self._thread.close(max(0.0, min(self._since, now()) + patience - now())):
+            if now() - self._since >= patience:
+                break
         if self._sink is not None:
             self._sink.close()
 
     # The bound
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no more records should come now."""
-        return self._out - self._done > BOUND and not self._drops
-
-    def pause(self, worker: WorkerHandle) -> None:
+    def _pause(self, worker: WorkerHandle) -> None:
         """Do not read this worker until there is room."""
         self._full_since = min(self._full_since, now())
         worker.is_held_up = True

@@ -84,7 +84,8 @@ class WorkersBackend(Backend):
             self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
-            dispatcher.teller.queued(future)
+            if self.setup.listeners:
+                dispatcher.teller.queued(future)
             dispatcher.submit(call)
         except BaseException:  # a signal handler's, anywhere in there
             self._slots.free(future)
