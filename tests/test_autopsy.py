@@ -52,7 +52,7 @@ def die_here(where: Path | None) -> None:
 def grow_and_die(size: int, *_: Any, **__: Any) -> None:
     """Take memory, start a program that takes some, log, and be killed."""
     kept = bytearray(size)
-    code = "x = bytearray(80_000_000); print(flush=True); input()"
+    code = "x = bytearray(80_000_000); import time; print(flush=True); time.sleep(60)"
     program = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert program.stdout is not None
     program.stdout.readline()
