@@ -56,6 +56,7 @@ class WorkersBackend(Backend):
             output=setup.output,
         )
         self._dispatcher = Dispatcher(host, settings, super().left_queue, self.failures.report_all)
+        self._has_listeners = bool(setup.listeners)
         self._keeps = handles  # of the initializer's arguments
         self._note_sent(handles)
 
@@ -84,7 +85,7 @@ class WorkersBackend(Backend):
             self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
-            if self.setup.listeners:
+            if self._has_listeners:
                 dispatcher.teller.queued(future)
             dispatcher.submit(call)
         except BaseException:  # a signal handler's, anywhere in there
