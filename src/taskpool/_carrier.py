@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from taskpool._current import name_of
-from taskpool._plain import plain
+from taskpool._logdata import plain
 
 _bound: ContextVar[dict[str, Any]] = ContextVar("taskpool bound", default={})  # noqa: B039  (it is never changed)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from taskpool._current import running
-from taskpool._plain import OUTPUT, RECORD
+from taskpool._logdata import OUTPUT, RECORD
 
 Record: TypeAlias = logging.LogRecord
 LogsOption: TypeAlias = "str | os.PathLike[str] | logging.Logger | logging.Handler | Iterable[logging.Handler]"

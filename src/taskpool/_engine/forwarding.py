@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taskpool import _carrier
-from taskpool._plain import EVENT, RECORD, plain
+from taskpool._logdata import EVENT, RECORD, plain
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec

@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any, Self
 
+from taskpool._engine import plain
 from taskpool._engine.wire import Bytes, Pickled
 
 MOST = 256 * 1024  # bytes of a pickle that is looked at
@@ -33,6 +34,9 @@ def call_text(name: str, pickled: Pickled) -> str | None:
         None if that cannot be told.
     """
     with contextlib.suppress(Exception):
+        if plain.is_call(pickled.stream):
+            _module, _function, args, _name = plain.loads(pickled.stream)
+            return _text(name, args, {})
         _function, args, kwargs, *_ = _loads(pickled)
         return _text(name, args, kwargs)
     return None

@@ -38,7 +38,7 @@ from taskpool._engine.handle import WorkerHandle
 from taskpool._engine.loop import LONGEST_WAIT, Loop
 from taskpool._engine.units import Range, Unit
 from taskpool._engine.wire import Frame
-from taskpool._plain import OUTPUT
+from taskpool._logdata import OUTPUT
 from taskpool.logs import Sink, Source
 
 BOUND = 8 << 20  # bytes of records that may wait
