@@ -32,7 +32,7 @@ class Unseen:
         self._failures = failures
         self._name = name
         self._outcome = outcome
-        self.is_over = False  # somebody looked, or was told
+        self.is_over: bool = False  # somebody looked, or was told
 
     def report(self, level: int, text: str) -> None:
         """Log it, unless that is not needed. User code runs here: the error is unpickled, and handlers are called."""
@@ -60,7 +60,7 @@ class Failures:
     """
 
     def __init__(self, run: Report) -> None:
-        self.run = run
+        self.run: Report = run
         self._unseen: weakref.WeakSet[Unseen] = weakref.WeakSet()
 
     def add(self, name: str, outcome: RawOutcome) -> Unseen:
