@@ -16,6 +16,8 @@ class Capabilities:
         start_methods: `mp_context=` chooses how processes start.
         preload: `preload=` names modules that workers share.
         recycling: `max_tasks_per_child=` replaces workers.
+        logs: `logs=` sends records elsewhere than to the program's own handlers.
+        output: `output=` takes what tasks print.
     """
 
     kill: bool
@@ -24,6 +26,8 @@ class Capabilities:
     start_methods: bool
     preload: bool
     recycling: bool
+    logs: bool
+    output: bool
 
 
 @attrs.frozen

@@ -163,7 +163,14 @@ class Backend(MapBackend):
         from taskpool._records import Capabilities
 
         return Capabilities(
-            kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+            kill=False,
+            isolation=False,
+            processes=False,
+            start_methods=False,
+            preload=False,
+            recycling=False,
+            logs=False,
+            output=False,
         )
 
     def log_soon(self, call: Callable[[], None]) -> None:

@@ -66,7 +66,14 @@ class WorkersBackend(Backend):
         from taskpool._records import Capabilities
 
         return Capabilities(
-            kill=True, isolation=True, processes=True, start_methods=True, preload=self._uses_template, recycling=True
+            kill=True,
+            isolation=True,
+            processes=True,
+            start_methods=True,
+            preload=self._uses_template,
+            recycling=True,
+            logs=True,
+            output=True,
         )
 
     def submit(
