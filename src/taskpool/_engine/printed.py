@@ -36,8 +36,13 @@ def redirect(fd: int) -> None:
         library = ctypes.CDLL(None)
         for name in ("stdout", "stderr"):
             library.setvbuf(ctypes.c_void_p.in_dll(library, name), None, 2, 0)  # _IONBF
+    # What a fork copied may hold text of the parent's, which would be written when it is collected.
+    _kept.extend((sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__))
     sys.stdout = sys.__stdout__ = _text(1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text(2)  # type: ignore[misc]
+
+
+_kept: list[Any] = []
 
 
 def _text(fd: int) -> io.TextIOWrapper:
