@@ -145,6 +145,10 @@ class TaskFuture(Future[T]):
         owner: The backend that runs the task.
         name: The task's name.
         group: The group that it is a member of, if any.
+
+    Attributes:
+        output: What the task has printed, once it has ended, with `Executor(output="capture")`: all of its attempts, the
+            last megabyte of each.
     """
 
     # What each has to begin with. Not in `__init__`: thousands of futures may wait, and most never need the base class's
@@ -161,8 +165,6 @@ class TaskFuture(Future[T]):
     _outcome: RawOutcome | None = None
     _unseen: Unseen | None = None
     output: str = ""
-    """What the task has printed, once it has ended, with `Executor(output="capture")`: all of its attempts, the last
-    megabyte of each."""
 
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         self._lock = threading.RLock()
