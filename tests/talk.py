@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import logging
 import os
@@ -184,3 +185,74 @@ def structured_failure() -> None:
         raise ValueError("odd")
     except ValueError:
         structlog.get_logger().exception("it failed")
+
+
+NOTICE = 25  # a level of our own, which only the parent knows by name
+
+
+def say_through_deaf_logger(text: str) -> None:
+    """Log through a logger that does not propagate and has a handler of its own."""
+    deaf = logging.getLogger("tests.deaf")
+    deaf.propagate = False
+    deaf.warning(text)
+
+
+def leave_an_error_in_a_thread() -> None:
+    """Let a thread end by an error that nobody catches."""
+    thread = threading.Thread(target=divide, args=(1, 0), name="doomed")
+    thread.start()
+    thread.join()
+
+
+def divide(a: int, b: int) -> float:
+    """Divide."""
+    return a / b
+
+
+def configure_and_say(text: str) -> str:
+    """Set up logging as a module of the program might when it is imported, and log."""
+    logging.basicConfig(level=logging.DEBUG, format="here: %(message)s")
+    say(text)
+    return text
+
+
+def say_and_look(text: str) -> list[Any]:
+    """Log through structlog; return what is bound there, and the value of the variable."""
+    import structlog
+
+    structlog.get_logger().warning(text)
+    found = [structlog.contextvars.get_contextvars(), request.get("none")]
+    structlog.contextvars.bind_contextvars(leaked="yes")
+    request.set("leaked")
+    return found
+
+
+def modules() -> set[str]:
+    """Return the names of the modules that are loaded here."""
+    import sys
+
+    return set(sys.modules)
+
+
+request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+
+
+def print_much(text: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Write in all ways to descriptors 1 and 2, end with half a line, and do something."""
+    import ctypes
+    import subprocess
+    import sys
+
+    print(text)
+    print("to stderr", file=sys.stderr)
+    os.write(1, b"raw\n")
+    subprocess.run(["/bin/echo", "from a program"], check=True)
+    ctypes.CDLL(None).printf(b"from C\n")
+    print("half a line", end="")
+    return call(*args)
+
+
+def print_line(text: str) -> str:
+    """Print a line."""
+    print(text)
+    return text

@@ -40,6 +40,7 @@ NAMES = {
     "QueueFullError",
     "RemoteError",
     "RetryPolicy",
+    "RunningTask",
     "Shared",
     "Stats",
     "TaskFuture",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import json
 import logging
 import os
 import signal
@@ -22,6 +24,7 @@ from tests.helpers import (
     at_most,
     bounded,
     lines,
+    on_all,
     on_every_host,
     on_hosts,
     on_one_host,
@@ -512,3 +515,340 @@ def test_no_further_thread_can_be_started(
     wait_until(lambda: "number 2" in collector.texts)
     with at_most(5):
         bounded(executor.shutdown)
+
+
+# ---------------------------------------------------------------------------------------------- where records go
+
+
+class Slow(logging.Handler):
+    """Keeps records, each after a while."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        threading.Event().wait(self.seconds)
+        self.records.append(record)
+
+
+@pytest.mark.core
+@on_every_host
+def test_all_is_handled_before_the_future_resolves(pool: Make, collector: Collector) -> None:
+    """However a task ends: ten thousand records, then the end of the process; each is there when the error is."""
+    executor = pool(1)
+    error = outcome(executor.submit(talk.say_many_then, "n", 10_000, tasks.kill_itself), 50)
+    seen = list(collector.texts)
+    assert isinstance(error, taskpool.WorkerCrashedError)
+    assert seen == [f"n {number}" for number in range(10_000)]
+    assert [line.partition(": ")[2] for line in error.log] == [f"n {number}" for number in range(9_990, 10_000)]
+    slow = Slow(0.02)
+    logging.getLogger("tests.talk").addHandler(slow)
+    try:
+        for index, end in enumerate((os.getpid, tasks.generator, tasks.segfault)):
+            outcome(executor.submit(talk.say_many_then, "m", 3, end))
+            assert len(slow.records) == 3 * (index + 1)
+        list(executor.map(talk.say, ["1", "2"]))
+        assert [record.getMessage() for record in slow.records[9:]] == ["1", "2"]
+    finally:
+        logging.getLogger("tests.talk").removeHandler(slow)
+    record = slow.records[-1]
+    assert (record.taskpool_id.partition(":")[2], record.taskpool_attempt) == ("1", 1)  # type: ignore[attr-defined]
+
+
+@on_one_host
+def test_levels_are_those_of_the_parent_at_each_moment(pool: Make, collector: Collector) -> None:
+    """A level that is set or named while workers run holds from the next task on; so does `logging.disable`."""
+    logger = logging.getLogger("tests.talk")
+    logging.addLevelName(talk.NOTICE, "NOTICE")
+    executors = [pool(1), pool(1)]
+    try:
+        for executor in executors:
+            executor.submit(talk.say, "debug is off", level=logging.DEBUG).result(PATIENCE)
+        logger.setLevel(talk.NOTICE)
+        for executor in executors:
+            executor.submit(talk.say, "info is off", level=logging.INFO).result(PATIENCE)
+            executor.submit(talk.say, "noticed", level=talk.NOTICE).result(PATIENCE)
+        logger.setLevel(logging.DEBUG)
+        for executor in executors:
+            executor.submit(talk.say, "debug is on", level=logging.DEBUG).result(PATIENCE)
+        logging.disable(logging.CRITICAL)
+        for executor in executors:
+            assert list(executor.map(talk.say, ["all is off"]))
+    finally:
+        logging.disable(logging.NOTSET)
+        logger.setLevel(logging.NOTSET)
+    for executor in executors:
+        executor.submit(talk.say, "debug is off again", level=logging.DEBUG).result(PATIENCE)
+    assert collector.texts == ["noticed"] * 2 + ["debug is on"] * 2
+    assert {record.levelname for record in collector.records} == {"NOTICE", "DEBUG"}
+
+
+@on_every_host
+def test_each_record_comes_once_and_from_everywhere(pool: Make, collector: Collector, capfd: Any) -> None:
+    """Handlers of loggers that a fork copies stay silent; threads' errors and loggers that do not propagate are heard."""
+    own = Collector()
+    deaf = logging.getLogger("tests.deaf")
+    stream = logging.StreamHandler()
+    deaf.addHandler(own)
+    deaf.addHandler(stream)
+    try:
+        executor = pool(1)
+        executor.submit(talk.say_through_deaf_logger, "deaf").result(PATIENCE)
+        executor.submit(talk.configure_and_say, "configured").result(PATIENCE)
+        executor.submit(talk.leave_an_error_in_a_thread).result(PATIENCE)
+    finally:
+        deaf.removeHandler(own)
+        deaf.removeHandler(stream)
+    assert own.texts == ["deaf"]
+    assert collector.texts == ["deaf", "configured", "uncaught exception in thread doomed"]
+    assert "ZeroDivisionError" in (collector.records[-1].exc_text or "")
+    assert capfd.readouterr().err.count("deaf") == 1
+
+
+@on_one_host
+@pytest.mark.parametrize("timeout", [0.2, 0])
+def test_nobody_waits_longer_for_handlers_than_allowed(
+    pool: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collector: Collector, timeout: float
+) -> None:
+    """With a full queue and a handler that hangs a task goes on after log_timeout; what is dropped is counted."""
+    monkeypatch.setattr("taskpool._engine.reports.BOUND", 20_000)
+    executor = pool(1, log_timeout=timeout)
+    assert executor.submit(abs, -1).result(PATIENCE) == 1
+    with blocking_handler(tmp_path / "release"), at_most(8):
+        assert outcome(executor.submit(talk.say_many, "n", 5_000), PATIENCE)
+        assert outcome(executor.submit(talk.say_many, "n", 100), PATIENCE)
+    wait_until(lambda: any("were dropped" in text for text in collector.texts), 10, "the report")
+    (report,) = [record for record in collector.records if "were dropped" in record.getMessage()]
+    arrived = [text for text in collector.texts if text.startswith("n ")]
+    assert report.args is not None
+    assert len(arrived) + report.args[0] == 5_100  # type: ignore[index]
+    assert arrived[:20] == [f"n {number}" for number in range(20)]
+    executor.submit(talk.say, "after").result(PATIENCE)
+    wait_until(lambda: "after" in collector.texts)
+
+
+@on_one_host
+def test_a_full_queue_loses_nothing_while_handlers_keep_up(
+    pool: Make, monkeypatch: pytest.MonkeyPatch, collector: Collector
+) -> None:
+    """The workers wait, and are read on."""
+    monkeypatch.setattr("taskpool._engine.reports.BOUND", 5_000)
+    executor = pool(2)
+    futures = [executor.submit(talk.say_many, tag, 2_000) for tag in "ab"]
+    assert all(outcome(future) for future in futures)
+    for tag in "ab":
+        assert [text for text in collector.texts if text[0] == tag] == [f"{tag} {number}" for number in range(2_000)]
+
+
+@on_one_host
+def test_a_handler_that_logs_and_waits_for_a_task(pool: Make, collector: Collector) -> None:
+    """It may use the very executor: nobody waits for himself for longer than log_timeout."""
+    executor = pool(1, log_timeout=0.5)
+
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == "ask":
+                answer = executor.submit(talk.say, "from the handler").result(PATIENCE)
+                logging.getLogger("tests.other").warning("answered %s", answer > 0)
+
+    handler = Asking()
+    logging.getLogger("tests.talk").addHandler(handler)
+    try:
+        assert outcome(executor.submit(talk.say, "ask"))
+        wait_until(lambda: len(collector.texts) == 3)
+    finally:
+        logging.getLogger("tests.talk").removeHandler(handler)
+    assert set(collector.texts) == {"ask", "answered True", "from the handler"}
+
+
+@on_one_host
+def test_records_go_where_they_are_told_to(pool: Make, collector: Collector, tmp_path: Path) -> None:
+    """A logger, handlers by their level, a file of JSON lines that several workers write, or nowhere."""
+    own, other = Collector(), Collector()
+    other.setLevel(logging.ERROR)
+    logger = logging.getLogger("tests.ours")
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(own)
+    executor = pool(1, logs=logger)
+    executor.submit(talk.say, "one").result(PATIENCE)
+    executor.submit(talk.say, "two", level=logging.INFO).result(PATIENCE)
+    executor = pool(1, logs=[own, other])
+    executor.submit(talk.say, "three").result(PATIENCE)
+    executor.submit(talk.say_structured, "four", user="me").result(PATIENCE)
+    assert own.texts == ["one", "three", "four bound='yes' user='me'"]
+    assert other.texts == collector.texts == []
+    path = tmp_path / "log.jsonl"
+    with pool(2, logs=path) as executor:
+        futures = [executor.submit(talk.say_many, tag * 3_000, 50) for tag in "ab"]
+        assert all(map(outcome, futures))
+        executor.submit(talk.say_with_traceback).result(PATIENCE)
+        executor.submit(talk.say_structured, "event", parts=[1]).result(PATIENCE)
+        executor.submit(talk.say_what_does_not_travel).result(PATIENCE)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for tag in "ab":
+        mine = [entry["message"] for entry in found if entry["message"][0] == tag]
+        assert mine == [f"{tag * 3_000} {number}" for number in range(50)]
+    assert "TwoArguments" in found[100]["exception"]
+    assert (found[100]["task"], found[100]["level"]) == ("say_with_traceback", "ERROR")
+    assert found[101]["parts"] == [1]
+    assert [entry["message"] for entry in found][-1] == "plain"
+    assert collector.texts == []
+    logger.removeHandler(own)
+    executor = pool(1, logs="off")
+    executor.submit(talk.say, "nowhere").result(PATIENCE)
+    assert collector.texts == []
+
+
+@pytest.mark.parametrize(
+    ("logs", "error"), [("fwd", ValueError), (3, TypeError), ([], TypeError), ([3], TypeError), (None, TypeError)]
+)
+def test_bad_ways_for_records_are_refused(logs: Any, error: type[Exception]) -> None:
+    """At the call."""
+    with pytest.raises(error, match="logs"):
+        taskpool.Executor(1, logs=logs)
+
+
+@on_all
+def test_caplog_and_capture_logs_see_records(pool: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Within their blocks, since all is handled when the result is there; each record names its task."""
+    executor = pool(1)
+    with caplog.at_level(logging.DEBUG):
+        future = executor.options(name="greeting").submit(talk.say, "hello", level=logging.DEBUG)
+        future.result(PATIENCE)
+        (record,) = [record for record in caplog.records if record.name == "tests.talk"]
+    assert record.getMessage() == "hello"
+    assert (record.taskpool_task, record.taskpool_id) == ("greeting", future.task_id)  # type: ignore[attr-defined]
+    assert (record.taskpool_attempt, bool(record.taskpool_worker)) == (1, True)  # type: ignore[attr-defined]
+    assert (record.module, record.funcName) == ("talk", "say")
+    with structlog.testing.capture_logs() as captured:
+        executor.submit(talk.say_structured, "event", number=1).result(PATIENCE)
+    assert [(event["event"], event["number"], event["log_level"]) for event in captured] == [("event", 1, "warning")]
+
+
+@on_one_host
+def test_structlog_events_keep_their_time_and_place(pool: Make) -> None:
+    """A processor that stamps the time or the place gives those of the worker."""
+    kept: list[dict[str, Any]] = []
+
+    def keep(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+        kept.append(dict(event))
+        raise structlog.DropEvent
+
+    parameters = structlog.processors.CallsiteParameter
+    adder = structlog.processors.CallsiteParameterAdder({parameters.FUNC_NAME, parameters.MODULE, parameters.PROCESS})
+    structlog.configure(processors=[structlog.processors.TimeStamper(fmt="iso"), adder, keep])
+    try:
+        executor = pool(1)
+        pid = executor.submit(talk.say_structured, "hello").result(PATIENCE)
+    finally:
+        structlog.reset_defaults()
+    (event,) = kept
+    assert (event["func_name"], event["module"], event["process"]) == ("say_structured", "talk", pid)
+    assert event["timestamp"].endswith("Z")
+
+
+@on_all
+def test_context_travels_with_each_task(pool: Make) -> None:
+    """What is bound in structlog, and chosen variables; what a task sets is gone with it."""
+    executor = pool(1, context=[talk.request])
+
+    def submit(text: str) -> list[Any]:
+        structlog.contextvars.bind_contextvars(user=text)
+        talk.request.set(text)
+        with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as captured:
+            found = executor.submit(talk.say_and_look, text).result(PATIENCE)
+        assert [(event["event"], event["user"]) for event in captured] == [(text, text)]
+        return found
+
+    for text in ("first", "second"):
+        found = contextvars.copy_context().run(submit, text)
+        assert found == [{"user": text}, text]
+    if executor._backend.capabilities.processes:
+        assert executor.submit(talk.say_and_look, "third").result(PATIENCE) == [{}, "none"]
+        assert [found[1] for found in executor.map(talk.say_and_look, "x")] == ["none"]
+
+
+@pytest.mark.parametrize("context", ["request", 3, [3], [contextvars.ContextVar("nowhere")]])
+def test_bad_context_is_refused(context: Any) -> None:
+    """At the call."""
+    with pytest.raises((TypeError, ValueError), match="context"):
+        taskpool.Executor(1, context=context)
+
+
+@on_hosts
+def test_a_worker_that_logs_nothing_loads_nothing_for_it(backend: Backend, tmp_path: Path) -> None:
+    """Neither structlog nor attrs, nor what only the parent needs."""
+    code = """
+from tests import talk
+with executor(1) as pool:
+    print(*sorted(pool.submit(talk.modules).result() & {"structlog", "attr", "attrs", "taskpool.logs", "json"}))
+"""
+    fork = backend.start == "fork"  # which copies what the parent has
+    assert fork or run_main(code, backend, tmp_path).out.split() == []
+
+
+# ---------------------------------------------------------------------------------------------- what tasks print
+
+
+PRINTED = ["to stderr", "raw", "from a program", "from C", "half a line"]
+
+
+@on_every_host
+def test_what_a_task_prints_is_captured(pool: Make, capfd: Any) -> None:
+    """By print, descriptors, programs and C code; of tasks that die, pass their limit, or are items of a map, too."""
+    executor = pool(1, output="capture", grace=0.1)
+    futures = [
+        executor.submit(talk.print_much, "fine", os.getpid),
+        executor.submit(talk.print_much, "dead", tasks.kill_itself),
+        executor.options(task_timeout=1).submit(talk.print_much, "late", tasks.sleep_for_ever),
+        executor.submit(talk.print_much, "failed", tasks.generator),
+        executor.submit(os.getpid),
+    ]
+    for future in futures:
+        outcome(future)
+    for future, text in zip(futures[:4], ("fine", "dead", "late", "failed"), strict=True):
+        assert future.output.splitlines() == [text, *PRINTED]
+    assert futures[4].output == ""
+    found = executor.outcomes(talk.print_line, ["a", "b", "c"], ordered=True)
+    assert [(one.value, one.output) for one in found] == [("a", "a\n"), ("b", "b\n"), ("c", "c\n")]
+    large = executor.submit(print, "x" * 3_000_000 + "end")
+    large.result(PATIENCE)
+    assert large.output.endswith("xend\n")
+    assert large.output.startswith("[the beginning was left out]\n")
+    assert len(large.output) < 1_100_000
+    assert capfd.readouterr() == ("", "")
+
+
+@on_hosts
+def test_what_a_task_prints_becomes_records(pool: Make, collector: Collector) -> None:
+    """Line by line, tagged with the task, before its future resolves; while it runs, too."""
+    executor = pool(1, output="forward", retry=2)
+    future = executor.options(name="dead").submit(talk.print_much, "first", tasks.kill_itself)
+    error = outcome(future)
+    mine = [record for record in collector.records if record.name == "taskpool.output"]
+    assert [record.getMessage() for record in mine] == ["first", *PRINTED] * 2
+    assert {record.taskpool_id for record in mine} == {future.task_id}  # type: ignore[attr-defined]
+    assert [record.taskpool_attempt for record in mine] == [1] * 6 + [2] * 6  # type: ignore[attr-defined]
+    assert isinstance(error, taskpool.WorkerCrashedError)
+    assert error.log[-1] == "printed: half a line"
+    collector.records.clear()
+    running = executor.submit(talk.print_much, "live", tasks.spin, 60)
+    wait_until(lambda: "from C" in collector.texts)
+    assert not running.done()
+    running.cancel()
+
+
+@pytest.mark.parametrize("backend", ["thread", "serial"])
+def test_what_cannot_be_done_without_processes_is_refused(backend: str) -> None:
+    """By name; "inherit" and "off" are what holds there."""
+    for options in ({"output": "capture"}, {"logs": Collector()}):
+        with pytest.raises(taskpool.UnsupportedError, match='backend="process" can'):
+            taskpool.Executor(1, backend=backend, **options)
+    taskpool.Executor(1, backend=backend, output="inherit", logs="off").shutdown()
+    for options in ({"output": "fwd"}, {"output": 3}, {"output": "forward", "logs": "off"}):
+        with pytest.raises((TypeError, ValueError), match="output"):
+            taskpool.Executor(1, **options)

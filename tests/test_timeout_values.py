@@ -47,7 +47,7 @@ NOT_A_TIME = ["1", b"1", "", True, False, [1], (), object(), 1j, time.sleep]
 NOT_A_NUMBER = [math.nan, -math.nan, Seconds(math.nan), Decimal("nan")]
 
 # Where a time is taken: what is called, and what the error calls the argument.
-CONSTRUCTOR = ["task_timeout", "grace", "submit_timeout", "shutdown_timeout", "start_timeout"]
+CONSTRUCTOR = ["task_timeout", "grace", "submit_timeout", "shutdown_timeout", "start_timeout", "log_timeout"]
 OPTIONS = ["task_timeout", "grace", "submit_timeout"]
 Place = tuple[Callable[[Make, Any], Any], str]
 PLACES: dict[str, Place] = {
@@ -93,7 +93,7 @@ def test_limits_must_be_positive(pool: Make, place: str, value: object) -> None:
     assert PLACES[place][1] in str(error)
 
 
-@pytest.mark.parametrize("place", ["Executor(grace)", "options(grace)"])
+@pytest.mark.parametrize("place", ["Executor(grace)", "options(grace)", "Executor(log_timeout)"])
 def test_where_a_bound_is_needed(pool: Make, place: str) -> None:
     """No bound at all is no choice for the time to clean up."""
     assert PLACES[place][1] in str(refusal(place, pool, None))

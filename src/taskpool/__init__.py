@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from taskpool._group import TaskGroup as TaskGroup
     from taskpool._outcome import Outcome as Outcome
     from taskpool._records import Capabilities as Capabilities
+    from taskpool._records import RunningTask as RunningTask
     from taskpool._records import Stats as Stats
     from taskpool._retry import RetryPolicy as RetryPolicy
     from taskpool._retry import retry as retry
@@ -65,6 +66,7 @@ _HOMES = {
     "TaskFuture": "taskpool._task",
     "TaskGroup": "taskpool._group",
     "Capabilities": "taskpool._records",
+    "RunningTask": "taskpool._records",
     "Stats": "taskpool._records",
     **dict.fromkeys(
         (
@@ -104,6 +106,7 @@ __all__ = [  # noqa: RUF022  (what people look for first stands first)
     "CurrentTask",
     "TaskGroup",
     "Stats",
+    "RunningTask",
     "Capabilities",
     "CallTimeoutError",
     "ForkedExecutorError",

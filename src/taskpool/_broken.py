@@ -29,6 +29,12 @@ class WorkerCrashedError(TaskPoolError, BrokenProcessPool):
         pid: The process that died.
         stack: The stack that faulthandler wrote at a segfault or abort; None if it wrote none.
         task: The task's name.
+        call: The task with a short text of its arguments, such as "resize('a.png', width=200)"; None if unknown.
+        log: The task's last log records, one line each.
+        peak_memory: The largest size in memory, in bytes, of the process, and of those that it had started and that
+            lived then; None if unknown.
+        out_of_memory: Whether the kernel killed it because memory ran out; None if the kernel's counters cannot be read,
+            or it was not killed.
     """
 
     def __init__(
@@ -40,6 +46,10 @@ class WorkerCrashedError(TaskPoolError, BrokenProcessPool):
         pid: int | None = None,
         stack: str | None = None,
         task: str | None = None,
+        call: str | None = None,
+        log: tuple[str, ...] = (),
+        peak_memory: int | None = None,
+        out_of_memory: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.exitcode = exitcode
@@ -47,6 +57,10 @@ class WorkerCrashedError(TaskPoolError, BrokenProcessPool):
         self.pid = pid
         self.stack = stack
         self.task = task
+        self.call = call
+        self.log = log
+        self.peak_memory = peak_memory
+        self.out_of_memory = out_of_memory
 
 
 class InitializerError(TaskPoolError, BrokenProcessPool):

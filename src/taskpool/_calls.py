@@ -81,7 +81,7 @@ class Calls:
         check_callable(fn, "fn")
         executor._check_open()
         future: TaskFuture[R] = TaskFuture(executor._backend, options.name or name_of(fn))
-        executor._backend.submit(future, fn, args, kwargs, options)
+        executor._backend.submit(future, executor._backend.carrying(fn), args, kwargs, options)
         return future
 
     async def run(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -297,7 +297,12 @@ class Calls:
         label = check_progress(how.get("progress", False))
         source = _joined(iterables, strict=bool(how.get("strict", False)), may_be_async=kind is not MapResults)
         self._executor._check_open()
-        job = MapJob(fn, star=star or len(iterables) > 1, options=self._options, chunksize=chunksize)
+        job = MapJob(
+            self._executor._backend.carrying(fn),
+            star=star or len(iterables) > 1,
+            options=self._options,
+            chunksize=chunksize,
+        )
         results = kind(
             _Feeder(self._executor),
             job,

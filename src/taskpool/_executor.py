@@ -12,20 +12,22 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as _StandardExecutor
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
-from taskpool import _nesting
+from taskpool import _carrier, _nesting
 from taskpool._calls import Calls
 from taskpool._checks import check_callable, check_count, check_limit, check_name, check_seconds, default_workers
 from taskpool._listeners import Listeners
 from taskpool._options import TaskOptions
 from taskpool.backends import make_backend
 from taskpool.backends.base import Backend, Setup
+from taskpool.logs import LogsOption, sink_for
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from taskpool._records import Stats
+    from taskpool._records import RunningTask, Stats
     from taskpool._results import MapResults
     from taskpool._retry import Retry
     from taskpool.events import Listener
@@ -62,6 +64,15 @@ class Executor(Calls, _StandardExecutor):
             waits for accepted tasks as the standard library does, and 60 seconds at the interpreter's end.
         start_timeout: How long a worker may take until it is ready, in seconds, its initializer included.
         listeners: Each is called with a record of what happens to tasks; see `taskpool.events`.
+        logs: Where what workers log goes: "forward", to the loggers of the same names here; a logger, a handler or
+            handlers; the path of a file for JSON lines; or "off", which leaves logging in the workers as it is.
+        log_timeout: The longest time, in seconds, that a task or its result waits for log handlers. Then it goes on;
+            if too many records wait, further ones are dropped and counted.
+        output: What becomes of what tasks print, and of all that is written to the descriptors 1 and 2: "inherit" leaves
+            it where this process's own goes; "forward" makes log records of it, of the logger "taskpool.output";
+            "capture" keeps it for the future's `output`, and for that of `Outcome` records.
+        context: Context variables whose values travel from the submitting code into each task; the bound context of
+            structlog always does. Each must be a global of a module.
         name: The executor's name, in worker names, thread names and logs.
 
     Raises:
@@ -91,6 +102,10 @@ class Executor(Calls, _StandardExecutor):
         shutdown_timeout: float | None = None,
         start_timeout: float | None = 60.0,
         listeners: Iterable[Listener] = (),
+        logs: LogsOption = "forward",
+        log_timeout: float = 5.0,
+        output: str = "inherit",
+        context: Iterable[ContextVar[Any]] = (),
         name: str | None = None,
     ) -> None:
         self._closed = False
@@ -115,6 +130,10 @@ class Executor(Calls, _StandardExecutor):
             shutdown_timeout=self._shutdown_timeout,
             idle_timeout=self._idle_timeout,
             listeners=_check_listeners(listeners),
+            sink=sink_for(logs),
+            log_timeout=max(0.0, check_seconds(log_timeout, "log_timeout", none=False) or 0.0),
+            output=_check_output(output, logs),
+            context=_carrier.locate(_check_context_variables(context)),
         )
         if backend == "futures":
             _end_before_pools()
@@ -180,6 +199,17 @@ class Executor(Calls, _StandardExecutor):
     def stats(self) -> Stats:
         """Return what the executor is doing and has done, as a frozen record."""
         return self._backend.stats()
+
+    def stacks(self) -> list[RunningTask]:
+        """Return the tasks that run right now and where each is, without stopping any, whoever holds the GIL.
+
+        Waits up to a second for a worker that is stopped or in the kernel; what that runs has no stack.
+
+        Raises:
+            ForkedExecutorError: If this process is a fork of the one that made the executor.
+        """
+        self._backend.check_process()
+        return self._backend.stacks()
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         """Leave `with`: finish what was accepted.
@@ -250,6 +280,7 @@ class Executor(Calls, _StandardExecutor):
     def _wait_for_end(self, timeout: float | None) -> bool:
         ended = self._backend.join(timeout)
         if ended:
+            self._backend.failures.report_all()
             _open_backends.discard(self._backend)
         return ended
 
@@ -277,6 +308,22 @@ def _check_listeners(listeners: Any) -> Listeners:
     for listener in found:
         check_callable(listener, "a listener")
     return Listeners(found)
+
+
+def _check_output(output: object, logs: object) -> str:
+    if not isinstance(output, str):
+        raise TypeError(f'output must be "inherit", "forward" or "capture", not {output!r}')
+    if output not in ("inherit", "forward", "capture"):
+        raise ValueError(f'output must be "inherit", "forward" or "capture", not {output!r}')
+    if output == "forward" and logs == "off":
+        raise ValueError('output="forward" makes log records, which logs="off" sends nowhere')
+    return output
+
+
+def _check_context_variables(context: Any) -> Iterable[ContextVar[Any]]:
+    if not isinstance(context, Iterable) or isinstance(context, str):
+        raise TypeError(f"context must be context variables, such as context=[request_id], not {context!r}")
+    return list(context)
 
 
 def _check_context(context: Any) -> Any:

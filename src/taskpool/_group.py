@@ -97,7 +97,7 @@ class TaskGroup:
         future: TaskFuture[R] = TaskFuture(self._backend, options.name or name_of(fn), members)
         try:
             members.add(future)
-            self._backend.submit(future, fn, args, kwargs, options)
+            self._backend.submit(future, self._backend.carrying(fn), args, kwargs, options)
         except BaseException:  # not accepted; or accepted all the same, if it was a signal handler that raised
             future.stop()
             raise

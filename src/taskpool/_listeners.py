@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taskpool.events import Listener, TaskEvent
+    from taskpool.events import Event, Listener
 
 
 class Listeners:
@@ -19,11 +20,12 @@ class Listeners:
     def __bool__(self) -> bool:
         return bool(self._listeners)
 
-    def tell(self, event: TaskEvent) -> None:
+    def tell(self, event: Event) -> None:
         """Call each with a record. User code runs here."""
         for listener in list(self._listeners):
             try:
                 listener(event)
             except Exception:
-                self._listeners.remove(listener)
+                with contextlib.suppress(ValueError):  # another thread was faster
+                    self._listeners.remove(listener)
                 logging.getLogger("taskpool").exception("the listener %r raised; it is called no more", listener)

@@ -28,6 +28,7 @@ class Settled(NamedTuple):
         seconds: How long they took together; 0 if that was not measured.
         worker: The name of the worker that ran them; None if none has.
         attempts: How many attempts it took.
+        output: What the last of them printed, where that is kept.
     """
 
     item: int
@@ -37,6 +38,7 @@ class Settled(NamedTuple):
     seconds: float = 0.0
     worker: str | None = None
     attempts: int = 1
+    output: str = ""
 
     def singly(self) -> list[Settled]:
         """Return each item by itself: together their results cannot be decoded, or must be judged one by one."""

@@ -26,6 +26,7 @@ class Outcome(Generic[I, V]):
         queued: When the item was read from the input, in seconds since the epoch, as `time.time` has it.
         started: When the last attempt started; None if none did.
         finished: When its outcome was known to the parent.
+        output: What the last attempt printed, its last megabyte, with `Executor(output="capture")`.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Outcome(Generic[I, V]):
     queued: float
     started: float | None
     finished: float
+    output: str = ""
     _value: V | None = attrs.field(default=None, alias="value")
 
     @property

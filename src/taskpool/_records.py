@@ -16,6 +16,8 @@ class Capabilities:
         start_methods: `mp_context=` chooses how processes start.
         preload: `preload=` names modules that workers share.
         recycling: `max_tasks_per_child=` replaces workers.
+        logs: `logs=` sends records elsewhere than to the program's own handlers.
+        output: `output=` takes what tasks print.
     """
 
     kill: bool
@@ -24,6 +26,31 @@ class Capabilities:
     start_methods: bool
     preload: bool
     recycling: bool
+    logs: bool
+    output: bool
+
+
+@attrs.frozen
+class RunningTask:
+    """A task that runs, as `Executor.stacks` found it.
+
+    Attributes:
+        task: Its name.
+        id: What tells it apart.
+        attempt: Which attempt it makes, from 1.
+        worker: The name of the worker.
+        pid: Its process.
+        seconds: How long it has been running.
+        stack: Where it is, and where the other threads of its process are; None if that could not be read in time.
+    """
+
+    task: str
+    id: str
+    attempt: int
+    worker: str
+    pid: int
+    seconds: float
+    stack: str | None
 
 
 @attrs.frozen

@@ -359,6 +359,7 @@ class MapResults:
             started=self._wall + started if settled.started else None,
             finished=self._wall + ended,
             value=value,
+            output=settled.output,
         )
 
     def _timed_out(self) -> CallTimeoutError:

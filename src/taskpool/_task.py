@@ -25,6 +25,7 @@ from concurrent.futures._base import RUNNING as _RUNNING
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from taskpool._checks import check_seconds
+from taskpool._unseen import Failures, Unseen
 from taskpool.errors import ForkedExecutorError
 
 T = TypeVar("T")
@@ -97,11 +98,17 @@ class Failure(RawOutcome):
 class Owner(Protocol):
     """The backend's side of a future."""
 
+    failures: Failures
+
     def stop(self, future: TaskFuture[Any]) -> None:
         """Have the task of this future stopped; the future then resolves by itself. Never blocks."""
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether the task has started in a worker and not ended."""
+        ...
+
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where the task of this future is right now; None if it does not run."""
         ...
 
     def run_callbacks(self, run: Callable[[], None]) -> None:
@@ -138,6 +145,10 @@ class TaskFuture(Future[T]):
         owner: The backend that runs the task.
         name: The task's name.
         group: The group that it is a member of, if any.
+
+    Attributes:
+        output: What the task has printed, once it has ended, with `Executor(output="capture")`: all of its attempts, the
+            last megabyte of each.
     """
 
     # What each has to begin with. Not in `__init__`: thousands of futures may wait, and most never need the base class's
@@ -152,6 +163,8 @@ class TaskFuture(Future[T]):
     _waiters: Any = ()
     _done_callbacks: Any = ()
     _outcome: RawOutcome | None = None
+    _unseen: Unseen | None = None
+    output: str = ""
 
     def __init__(self, owner: Owner | None = None, name: str = "", group: Group | None = None) -> None:
         self._lock = threading.RLock()
@@ -231,6 +244,19 @@ class TaskFuture(Future[T]):
         if self._owner is None or state not in (SENT, STOPPING):
             return state in (SENT, STOPPING)
         return self._owner.is_running(self)
+
+    def stack(self) -> str | None:
+        """Return where the task is right now, and where the other threads of its process are; None if it does not run.
+
+        The task goes on. It does not matter whether it holds the GIL: the text is written from within a signal handler.
+
+        Raises:
+            ForkedExecutorError: If the future belongs to the process that this one was forked from.
+        """
+        if self._owner is None or self._state not in (SENT, STOPPING):
+            return None
+        self._owner.check_process()
+        return self._owner.stack(self)
 
     def result(self, timeout: float | None = None) -> T:
         """Return the task's result, or raise its error.
@@ -355,6 +381,8 @@ class TaskFuture(Future[T]):
         outcome = self._outcome
         if outcome is None:
             return
+        if self._unseen is not None:
+            self._unseen.is_over = True
         value, error = outcome.decode()
         with self._lock:
             if self._outcome is not None:
@@ -413,6 +441,8 @@ class TaskFuture(Future[T]):
                 return False
             if self._group is not None and not outcome.ok:
                 return False  # that stops the whole group
+            if not outcome.ok:
+                self._note_failure(outcome)
             self._outcome = outcome
             self.place = None
             self._state = DONE
@@ -440,12 +470,20 @@ class TaskFuture(Future[T]):
     def _resolve(self, event: str, outcome: RawOutcome | None) -> bool:
         if not self._step(event):
             return False
+        if outcome is not None and not outcome.ok:
+            self._note_failure(outcome)
         self._outcome = outcome
         if self.place is not None:
             self.place = None
         if self._waiters or self._sleepers or self._lazy_condition is not None or self._group is not None:
             self._tell(outcome)
         return True
+
+    def _note_failure(self, outcome: RawOutcome) -> None:
+        if self._unseen is not None:  # a signal handler came between noting it and resolving
+            self._unseen.is_over = True
+        if self._owner is not None:
+            self._unseen = self._owner.failures.add(self.task_name, outcome)
 
     def _tell(self, outcome: RawOutcome | None) -> None:
         for waiter in self._waiters:

@@ -54,7 +54,8 @@ class TaskTimeoutError(TaskPoolError, TimeoutError):
 
     Attributes:
         seconds: The limit that was passed, in seconds.
-        stack: Where the task was when it was stopped, as traceback text; None if it could not be read.
+        stack: Where the task was when it was stopped, as traceback text, and behind that where the other threads of its
+            process were; None if it could not be read.
         task: The task's name.
         pid: The process that ran it; None on backends without processes.
     """

@@ -1,8 +1,8 @@
-"""What happens to tasks, as records for listeners.
+"""What happens to tasks and workers, as records for listeners.
 
 A listener is called with one record after the other, on a thread where it may take its time: the executor's callback
-thread, or the thread that ran the task on the backends without processes. One that raises is reported to the "taskpool"
-logger and called no more.
+thread. On the backends without processes it is called where things happen: in the thread that submits or runs the task.
+One that raises is reported to the "taskpool" logger and called no more.
 
     def listener(event):
         if isinstance(event, taskpool.events.TaskRetried):
@@ -14,8 +14,9 @@ logger and called no more.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from time import monotonic as _monotonic
+from time import time as _time
 from typing import Literal, TypeAlias
 
 import attrs
@@ -32,14 +33,32 @@ class TaskEvent:
         task: The task's name.
         id: What tells the task apart; items of a map have the map's id, a colon and their index.
         attempt: Which attempt it is about, from 1; 0 if there was none.
-        time: When it became known, in seconds since the epoch, as `time.time` has it.
+        time: When it happened, in seconds since the epoch, as `time.time` has it.
+        monotonic: The same as `time.monotonic` has it, which no change of the clock moves.
     """
 
     executor: str
     task: str
     id: str
     attempt: int
-    time: float = attrs.field(factory=time.time)
+    time: float = attrs.field(factory=_time)
+    monotonic: float = attrs.field(factory=_monotonic)
+
+
+@attrs.frozen(kw_only=True)
+class TaskQueued(TaskEvent):
+    """A task was accepted, and waits for a worker or goes to one at once. Its attempt is 0."""
+
+
+@attrs.frozen(kw_only=True)
+class TaskStarted(TaskEvent):
+    """A worker has begun an attempt.
+
+    Attributes:
+        worker: The worker's name.
+    """
+
+    worker: str
 
 
 @attrs.frozen(kw_only=True)
@@ -72,4 +91,58 @@ class TaskEnded(TaskEvent):
     worker: str | None
 
 
-Listener: TypeAlias = Callable[[TaskEvent], object]
+@attrs.frozen(kw_only=True)
+class WorkerEvent:
+    """What all records of workers have.
+
+    Attributes:
+        executor: The executor's name.
+        worker: The worker's name.
+        pid: Its process; None if that is not known yet.
+        time: When it happened, in seconds since the epoch.
+        monotonic: The same as `time.monotonic` has it.
+    """
+
+    executor: str
+    worker: str
+    pid: int | None
+    time: float = attrs.field(factory=_time)
+    monotonic: float = attrs.field(factory=_monotonic)
+
+
+@attrs.frozen(kw_only=True)
+class WorkerStarted(WorkerEvent):
+    """The start of a worker was begun."""
+
+
+@attrs.frozen(kw_only=True)
+class WorkerReady(WorkerEvent):
+    """A worker has run its initializer, and takes tasks."""
+
+
+@attrs.frozen(kw_only=True)
+class WorkerDied(WorkerEvent):
+    """A worker has ended, in whatever way; on "thread" it may also have been abandoned.
+
+    Attributes:
+        exitcode: Its exit code, negative for a signal; None if unknown, and for threads.
+        early: Whether it ended before its time: by a crash, or since a task of it had to be stopped.
+    """
+
+    exitcode: int | None
+    early: bool
+
+
+@attrs.frozen(kw_only=True)
+class WorkerReplaced(WorkerEvent):
+    """A worker that had ended early has a successor.
+
+    Attributes:
+        by: The successor's name.
+    """
+
+    by: str
+
+
+Event: TypeAlias = TaskEvent | WorkerEvent
+Listener: TypeAlias = Callable[[Event], object]

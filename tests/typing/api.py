@@ -50,7 +50,7 @@ def retries(pool: taskpool.Executor) -> None:
     assert_type(pool.options(retry=None).submit(length, "a"), taskpool.TaskFuture[int])
 
 
-def listeners(heard: list[events.TaskEvent]) -> None:
+def listeners(heard: list[events.Event]) -> None:
     taskpool.Executor(listeners=[heard.append])
     for event in heard:
         if isinstance(event, events.TaskEnded):

@@ -18,6 +18,7 @@ import fcntl
 import math
 import mmap
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -31,12 +32,16 @@ from taskpool._engine.wire import BadFrameError, Bytes, Frame, Pickled
 PACKET = 4096  # PIPE_BUF: the largest write that is atomic, and the largest packet
 KEYS = 240  # of shared values, that fit into a packet
 PACKETS = 128  # how many packets may lie in a task pipe, where the system allows
-STACK_AT = 4096  # the stack's place in the page file, behind the words
+LEVELS_AT = 4096  # the place of the loggers' levels in the page file, behind the words: two, used in turn
+LEVELS_ROOM = 6 * 1024
+STACK_AT = 16 * 1024  # the stack's place
 PAGE_SIZE = 64 * 1024
 
-# The words of the page. The worker writes the first five, the parent the others; the last four say which block of
-# memory the worker may write its next large result into.
-UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER = range(11)
+# The words of the page. The worker writes the first five, the parent the others. Four say which block of memory the
+# worker may write its next large result into; then come the version of the levels, and two that nobody can guess.
+UNIT, ITEM, STARTED, PHASE, WRITTEN, INTERRUPT, INTERRUPT_ITEM, TURN, BLOCK, INODE, OWNER, LEVELS, OUTPUT_KEY = range(
+    13
+)
 ANY_ITEM = (1 << 64) - 1  # whichever item runs
 BETWEEN = (1 << 64) - 2  # the last item's outcome is written, the next has not begun
 IDLE, LOADING, RUNNING, WRITING = range(4)
@@ -50,14 +55,25 @@ _F_SETPIPE_SZ = 1031
 
 now = time.monotonic
 
+_publishing = threading.RLock()  # reentrant: a signal handler that submits may interrupt this very thread in it
+
+
+def _start_afresh() -> None:
+    """In a forked child: forget the lock that some thread of the parent may have held."""
+    global _publishing
+    _publishing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
+
 
 class Page:
     """The shared words. Each is 8 bytes, aligned, written by one side only."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, PAGE_SIZE)
-        self.words = memoryview(self._map)[:STACK_AT].cast("Q")
-        self.times = memoryview(self._map)[:STACK_AT].cast("d")
+        self.words = memoryview(self._map)[:LEVELS_AT].cast("Q")
+        self.times = memoryview(self._map)[:LEVELS_AT].cast("d")
 
     def current(self) -> tuple[int, int, float, int]:
         """Return (unit id, item index, start, phase) as they stood together at one moment.
@@ -76,6 +92,32 @@ class Page:
         text = self._map[STACK_AT:].split(b"\0", 1)[0]
         return text.decode(errors="replace").strip() or None
 
+    def clear_stack(self) -> None:
+        """Forget it."""
+        self._map[STACK_AT:] = bytes(PAGE_SIZE - STACK_AT)
+
+    def publish(self, version: int, levels: bytes) -> None:
+        """Write the levels of the parent's loggers, unless a newer version stands there. From any thread of the parent.
+
+        Each version has its place, and the word that names it is written last. So whoever reads the version before
+        and behind has read what belongs to it, unless two more came in between; then it has changed.
+        """
+        with _publishing:
+            if self.words[LEVELS] < version:
+                begin = LEVELS_AT + version % 2 * LEVELS_ROOM
+                self._map[begin : begin + 4 + len(levels)] = len(levels).to_bytes(4, "little") + levels
+                self.words[LEVELS] = version
+
+    def levels(self) -> tuple[int, bytes]:
+        """Return (their version, the levels)."""
+        while True:
+            version = self.words[LEVELS]
+            begin = LEVELS_AT + version % 2 * LEVELS_ROOM
+            size = int.from_bytes(self._map[begin : begin + 4], "little")
+            data = self._map[begin + 4 : begin + 4 + size]
+            if self.words[LEVELS] == version:
+                return version, data
+
     def close(self) -> None:
         """Unmap the page."""
         self.words.release()
@@ -92,10 +134,10 @@ def _page_file(opened: list[int]) -> int:
 
 
 class WorkerEnd:
-    """The four descriptors that a worker gets. Pickles where multiprocessing passes it to a new process."""
+    """The four descriptors that a worker gets, and a fifth for what its tasks print where that is wanted. Pickles where multiprocessing passes it to a new process."""
 
-    def __init__(self, tasks: int, results: int, life: int, page: int) -> None:
-        self.fds: tuple[int, ...] = (tasks, results, life, page)
+    def __init__(self, tasks: int, results: int, life: int, page: int, *output: int) -> None:
+        self.fds: tuple[int, ...] = (tasks, results, life, page, *output)
 
     @property
     def life(self) -> int:
@@ -134,11 +176,11 @@ def _receive_end(*duplicates: Any) -> WorkerEnd:
 class Channel:
     """The parent's end. All methods but `send_packet` belong to the dispatcher; `send_packet` to whoever owns the worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_output: bool = False) -> None:
         with descriptors.no_forks():
-            self._make()
+            self._make(has_output=has_output)
 
-    def _make(self) -> None:
+    def _make(self, *, has_output: bool) -> None:
         opened: list[int] = []
         try:
             task_r, self.tasks = _packet_pipe(opened)
@@ -146,8 +188,13 @@ class Channel:
             self.life_r, self.life = _pipe(opened)
             page = _page_file(opened)
             self.page = Page(page)
-            self.worker_end = WorkerEnd(task_r, result_w, os.dup(self.life_r), page)
-            opened.append(self.worker_end.life)
+            life = os.dup(self.life_r)
+            opened.append(life)
+            printed = _pipe(opened) if has_output else ()
+            self.output: int | None = printed[0] if printed else None
+            self.worker_end = WorkerEnd(task_r, result_w, life, page, *printed[1:])
+            self.page_file = os.dup(page)  # whose position the worker's has, too
+            opened.append(self.page_file)
             self.unread = _reopen(task_r)
         except OSError:
             for fd in opened:
@@ -155,7 +202,11 @@ class Channel:
             raise
         os.set_blocking(self.tasks, False)
         os.set_blocking(self.results, False)
-        keep_from_children({self.tasks, self.results, self.life, self.life_r, *self.worker_end.fds})
+        self.page.words[OUTPUT_KEY], self.page.words[OUTPUT_KEY + 1] = struct.unpack("<QQ", os.urandom(16))
+        if self.output is not None:
+            os.set_blocking(self.output, False)
+            keep_from_children({self.output})
+        keep_from_children({self.tasks, self.results, self.life, self.life_r, self.page_file, *self.worker_end.fds})
         if self.unread is not None:
             keep_from_children({self.unread})
         self.has_life = True  # whether the life pipe's writing end is open
@@ -168,6 +219,11 @@ class Channel:
         self.lent: memory.Block | None = None  # for the worker's next large result
         self.received = 0
         self.is_open = True
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """What is read from the worker."""
+        return (self.results,) if self.output is None else (self.results, self.output)
 
     # Sending
 
@@ -325,6 +381,11 @@ class Channel:
         """Forget the fetched frame: it has been dealt with."""
         self.received += len(self._fetched.popleft())
 
+    def clear_stack(self) -> None:
+        """Make room for stacks in the page, from its beginning on."""
+        self.page.clear_stack()
+        os.lseek(self.page_file, STACK_AT, os.SEEK_SET)
+
     def lend(self, block: memory.Block) -> None:
         """Let the worker write its next large result into this block."""
         self.lent = block
@@ -368,11 +429,11 @@ class Channel:
         self.is_open = False
         self.worker_end.close()
         self.end_life()
-        for fd in (self.tasks, self.results, self.life_r, self.unread):
+        for fd in (self.tasks, self.results, self.life_r, self.unread, self.page_file, self.output):
             if fd is not None:
                 close_kept(fd)
         self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files
-        self.unread = None
+        self.unread = self.output = None
         self._sending = []
         if self.lent is not None:
             self.lent.close()  # not to be used again: a process that does not end may still write into it
@@ -418,7 +479,8 @@ class WorkerChannel:
     """The worker's end: blocking reads of tasks, whole frames of outcomes."""
 
     def __init__(self, end: WorkerEnd) -> None:
-        self._tasks, self._results, self.life, self.page_fd = end.fds
+        self._tasks, self._results, self.life, self.page_fd, *output = end.fds
+        self.output: int | None = output[0] if output else None
         self._waited = math.inf  # how long it took until the last task came
         self.page = Page(self.page_fd)
         self._lock = threading.RLock()
@@ -476,6 +538,20 @@ class WorkerChannel:
                 return
             self._waiting.append(frame)
             # Looked at again once nothing is being written: what interrupted the very end of that has only waited.
+            while self._waiting and not self._is_writing:
+                self._write_waiting()
+
+    def send_small(self, frame: bytes) -> None:
+        """Write one frame as `send` does, in fewer steps if it fits into a packet and nothing is in its way."""
+        with self._lock:
+            if self._is_writing or self._waiting or len(frame) > PACKET:
+                self._waiting.append([frame])
+            else:
+                self._is_writing = True
+                try:
+                    os.write(self._results, frame)  # the system takes it whole or not at all
+                finally:
+                    self._is_writing = False
             while self._waiting and not self._is_writing:
                 self._write_waiting()
 

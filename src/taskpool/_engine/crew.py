@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-from taskpool import errors
+from taskpool import _levels, errors
 from taskpool._engine import stop
+from taskpool._engine.autopsy import OutOfMemoryKills
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import PENDING, Host
 from taskpool._engine.loop import Loop
@@ -21,6 +22,7 @@ from taskpool._engine.starts import Starts
 from taskpool._engine.units import Call, Source, Unit
 from taskpool._engine.wire import Pickled
 from taskpool._listeners import Listeners
+from taskpool.logs import Sink
 
 now = time.monotonic
 
@@ -39,6 +41,9 @@ class Settings(NamedTuple):
     max_tasks: int | None = None
     idle_timeout: float | None = None
     listeners: Listeners = Listeners()
+    sink: Sink | None = None  # where log records go
+    log_timeout: float = 5.0
+    output: str = "inherit"
 
 
 class Counts:
@@ -80,10 +85,47 @@ class Hub(Protocol):
         """Log where handlers may block."""
 
 
+class WorkerTeller(Protocol):
+    """Who tells listeners about workers."""
+
+    def worker_started(self, worker: WorkerHandle) -> None:
+        """A start was begun."""
+
+    def worker_ready(self, worker: WorkerHandle) -> None:
+        """A worker takes tasks."""
+
+    def worker_died(self, worker: WorkerHandle) -> None:
+        """A worker has ended."""
+
+
+class Outputs(Protocol):
+    """Who reads what workers print."""
+
+    is_on: bool  # whether that is wanted
+
+    def begin(self, worker: WorkerHandle) -> None:
+        """Read what this worker prints from now on."""
+
+    def end(self, worker: WorkerHandle) -> None:
+        """It prints no more."""
+
+
 class Crew:
     """All workers. One that is idle stands in `idle`, from where a submitting thread may take it (see WorkerHandle)."""
 
-    def __init__(self, hub: Hub, loop: Loop, host: Host, settings: Settings, counts: Counts) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        loop: Loop,
+        host: Host,
+        settings: Settings,
+        counts: Counts,
+        *,
+        teller: WorkerTeller,
+        outputs: Outputs,
+    ) -> None:
+        self._teller = teller
+        self._outputs = outputs
         self.workers: set[WorkerHandle] = set()
         self.idle: deque[WorkerHandle] = deque()
         self._hub = hub
@@ -92,6 +134,8 @@ class Crew:
         self._settings = settings
         self._counts = counts
         self._numbers = 0
+        self._levels_version = 0  # that of the levels that workers know
+        self._memory_kills = OutOfMemoryKills()
         self._starts = Starts(loop, hub.give_up, has_initializer=settings.has_initializer)
         host.attach(self)
 
@@ -121,8 +165,12 @@ class Crew:
     def _start_one(self) -> bool:
         self._numbers += 1
         worker = None
+        self._memory_kills.begin()
         try:
-            worker = WorkerHandle(self._numbers, f"{self._settings.name}-{self._numbers}", now())
+            worker = WorkerHandle(
+                self._numbers, f"{self._settings.name}-{self._numbers}", now(), has_output=self._outputs.is_on
+            )
+            worker.channel.page.publish(*_levels.read())
             self._host.start(worker)
         except Exception as error:
             if worker is not None:
@@ -130,7 +178,10 @@ class Crew:
             self._start_failed(error)
             return False
         self.workers.add(worker)
+        self.publish_levels()  # once more: whoever changed them meanwhile did not see this one
         self._counts.started += 1
+        self._teller.worker_started(worker)
+        self._outputs.begin(worker)
         self._loop.watch(worker.channel.results, lambda: self._hub.read(worker))
         self.call_sent(worker)
         return True
@@ -167,6 +218,7 @@ class Crew:
         worker.explained = True
         if worker.state == STARTING:
             worker.state = SERVING
+            self._teller.worker_ready(worker)
             self.make_idle(worker)
 
     # Starts that fail
@@ -222,6 +274,18 @@ class Crew:
                 worker.channel.unsaid.append(key)
                 if not worker.inflight:
                     worker.channel.say()
+
+    def look_at_levels(self) -> None:
+        """See that a change of the loggers' levels reaches the workers before the next task. From any thread."""
+        if self._levels_version != _levels.version() and self._settings.sink is not None:
+            self.publish_levels()
+
+    def publish_levels(self) -> None:
+        """Let the workers know the levels of the loggers as they are now, before their next task. From any thread."""
+        self._levels_version, data = _levels.read()
+        for worker in list(self.workers):
+            with contextlib.suppress(ValueError):  # its page was unmapped just now
+                worker.channel.page.publish(self._levels_version, data)
 
     # Wait for work
 
@@ -394,7 +458,11 @@ class Crew:
         self._hub.read(worker)
         if not worker.explained:
             self._died_before_ready(worker)
-        self._counts.replaced += self._hub.is_open and not worker.retiring
+        worker.ended_early = self._hub.is_open and not worker.retiring
+        self._counts.replaced += worker.ended_early
+        if worker.inflight:
+            own, worker.others_memory = stop.peak_memory(worker.process)
+            worker.peak_memory = None if own is None else own + worker.others_memory
         self._end_descendants(worker)  # before anybody asks for the exit code: that may reap, and free the id
         self._take_back(worker)  # others run it now: the exit code may be long in coming
         known = self._host.exitcode(worker)
@@ -442,10 +510,14 @@ class Crew:
             late = self._host.exitcode(worker)
             worker.exitcode = None if late is PENDING else late  # type: ignore[assignment]
         self.workers.discard(worker)
+        if worker.exitcode == -stop.KILL_SIGNAL and worker.inflight:
+            worker.out_of_memory = self._memory_kills.claim()
         self._counts.finished += worker.finished
         self._counts.failed += worker.failed
         self.remove_from_idle(worker)
         self._settle(worker)
+        self._outputs.end(worker)
+        self._teller.worker_died(worker)
         for fd in (worker.channel.results, worker.channel.tasks):
             self._loop.unwatch(fd)
         if worker.process is not None and worker.process.fd is not None:

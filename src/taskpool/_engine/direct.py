@@ -191,7 +191,7 @@ class Direct:
     def listen_again(self, worker: WorkerHandle) -> None:
         """Watch the worker's results as ever, if it still has a channel."""
         worker.paused_at, worker.rests_until = None, math.inf
-        if worker.channel.is_open:
+        if worker.channel.is_open and not worker.is_held_up:
             self._loop.resume(worker.channel.results)
 
     def _is_waiting(self, worker: WorkerHandle, future: TaskFuture[Any]) -> bool:
@@ -199,6 +199,8 @@ class Direct:
         out = worker.inflight
         if worker.state != SERVING or worker.stop is not None or len(out) != 1 or not out[0].owns(future):
             return False
+        if worker.batches_out != worker.batches_done:
+            return False  # its records come first
         return worker.channel.is_between_frames()
 
     def _take_if_alone(self, worker: WorkerHandle, future: TaskFuture[Any]) -> None:

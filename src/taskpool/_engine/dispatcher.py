@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from taskpool._engine.callbacks import CallbackThread
-from taskpool._engine.crew import END_TIME, Counts, Crew, Settings
+from taskpool._engine.crew import Counts, Crew, Settings
 from taskpool._engine.deadlines import Deadlines
 from taskpool._engine.direct import Direct
 from taskpool._engine.feeder import Feeder
@@ -30,7 +30,11 @@ from taskpool._engine.handle import SERVING, STARTING, WorkerHandle
 from taskpool._engine.hosts import Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import Blocks
+from taskpool._engine.outputs import Outputs
 from taskpool._engine.receiver import Receiver
+from taskpool._engine.reports import Reports
+from taskpool._engine.stacks import RunningStack, Stacks
+from taskpool._engine.telling import Teller
 from taskpool._engine.threads import start_undisturbed
 from taskpool._engine.units import Call, Piece, Unit
 from taskpool._map import MapJob
@@ -49,18 +53,29 @@ class Dispatcher:
         host: Who starts the processes.
         settings: What does not change.
         left_queue: Called with the future of each call that leaves the queue.
+        report_failures: Called at the end, where handlers may block, to log the failures that nobody looked at.
     """
 
-    def __init__(self, host: Host, settings: Settings, left_queue: Callable[[TaskFuture[Any]], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        settings: Settings,
+        left_queue: Callable[[TaskFuture[Any]], None],
+        report_failures: Callable[[], None],
+    ) -> None:
+        self._report_failures = report_failures
         self.counts = Counts()
         self.callbacks = CallbackThread(f"{settings.name}-callbacks", "a callback raised")
         self._settings = settings
         self._host = host
         self._loop = Loop(self._refuse_posted)
         self.blocks = Blocks(self._loop.look_by)
-        self._crew = Crew(self, self._loop, host, settings, self.counts)
+        self.teller = Teller(settings.name, settings.listeners, self.callbacks)
+        self._reports = Reports(self._loop, settings.sink, settings.log_timeout, settings.name)
+        self._outputs = Outputs(settings.output, self._loop, self._reports)
+        self._crew = Crew(self, self._loop, host, settings, self.counts, teller=self.teller, outputs=self._outputs)
+        self.look_at_levels = self._crew.look_at_levels
         self._feeder = Feeder(self._loop, self._crew, settings, self.counts, left_queue)
-        self._logs = CallbackThread(f"{settings.name}-logs", "a worker's log record could not be handled")
         self._receiver = Receiver(
             self._loop,
             self._crew,
@@ -68,11 +83,14 @@ class Dispatcher:
             settings=settings,
             counts=self.counts,
             callbacks=self.callbacks,
-            logs=self._logs,
+            reports=self._reports,
+            teller=self.teller,
+            outputs=self._outputs,
             blocks=self.blocks,
         )
         self._retries = self._receiver.retries
         self._deadlines = Deadlines(self, self._loop, self._crew, settings.idle_timeout)
+        self._stacks = Stacks(self._loop)
         self._direct = Direct(
             self._loop,
             self._crew,
@@ -81,8 +99,8 @@ class Dispatcher:
             read=self.read,
             is_open=lambda: self.is_open,
             # A worker that serves only so many tasks may end after each, and listeners are told of each end: both are
-            # the dispatcher's work.
-            takes=settings.max_tasks is None and not settings.listeners,
+            # the dispatcher's work. So is it to read what a task has printed.
+            takes=settings.max_tasks is None and not settings.listeners and not self._outputs.is_on,
         )
         self._phase = OPEN
         self._done = threading.Event()  # everything has ended: workers, host, threads
@@ -177,6 +195,23 @@ class Dispatcher:
                     return True
         return False
 
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where this future's task is right now; None if it does not run. Waits for its worker, for a moment."""
+        for worker in list(self._crew.workers):
+            found = self._stacks.of(worker, lambda running: running.unit.owns(future))
+            if found is not None:
+                return found.stack
+        return None
+
+    def stacks(self) -> list[RunningStack]:
+        """Return what runs, and where it is."""
+        found = [self._stacks.of(worker, lambda _: True) for worker in list(self._crew.workers)]
+        return [each for each in found if each is not None]
+
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Have something logged in its turn; here, once all has ended."""
+        self._loop.post(self._reports.run, call)
+
     def close(self, *, cancel: bool = False) -> None:
         """Accept nothing more, finish what was accepted (or cancel what is queued), then end. Never blocks."""
         if not self._close_unstarted():
@@ -240,6 +275,7 @@ class Dispatcher:
         if now() >= self._loop.wake_at:
             self._deadlines.look()
             self._feeder.look_for_due()
+            self._reports.look()
             self._crew.take_lent(self.blocks.give_back)
             self.blocks.trim()
         if self._feeder.can_feed or self._crew.idle:
@@ -250,6 +286,8 @@ class Dispatcher:
     def _refuse_posted(self, function: Callable[[Any], None], argument: Any) -> None:
         if function == self._retries.decided:
             self._retries.end()
+        elif function == self._reports.run:
+            argument()
         elif function == self._crew.bury_if_dead:
             self._crew.bury_if_dead(argument)
         else:
@@ -263,7 +301,7 @@ class Dispatcher:
 
     def log(self, level: int, text: str, *args: object, exc_info: BaseException | None = None) -> None:
         """Log a record of the engine's own where handlers may block."""
-        self._logs.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
+        self._reports.run(lambda: logger.log(level, text, *args, exc_info=exc_info))
 
     def withdraw(self, worker: WorkerHandle) -> bool:
         """Put back in the queue what the worker has not read; return whether there was anything."""
@@ -306,6 +344,7 @@ class Dispatcher:
         self._phase = TERMINATING
         self._feeder.terminating = True
         self._retries.end()
+        self._reports.end_by(kill_at)
         self._deadlines.kill_at = min(self._deadlines.kill_at, kill_at)
         self._loop.wake_by(self._deadlines.kill_at)
         self._feeder.refuse_all()
@@ -318,7 +357,7 @@ class Dispatcher:
 
     def _has_work(self) -> bool:
         pickling = self._receiver.singling and self._phase != TERMINATING  # user code, which may hang
-        return bool(self._feeder or self._loop or pickling or self._retries)
+        return bool(self._feeder or self._loop or pickling or self._retries or self._reports)
 
     def _has_ended(self) -> bool:
         return self._phase != OPEN and not self._crew.workers and not self._has_work()
@@ -335,7 +374,8 @@ class Dispatcher:
         self._feeder.terminating = True  # what comes later, or comes back, is cancelled
         for close in (
             self._host.close,
-            lambda: self._logs.close(END_TIME),
+            lambda: self._reports.run(self._report_failures),
+            self._reports.close,
             self._receiver.end,
             self._loop.close,
             self.blocks.close,

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from taskpool._engine import wire
 from taskpool._engine.channel import BETWEEN, IDLE, INTERRUPT, INTERRUPT_ITEM, LOADING, PACKETS, WRITING, Channel
+from taskpool._engine.printed import Printed
 from taskpool._engine.stop import ProcessHandle
 from taskpool._engine.units import Range, Unit
+from taskpool.logs import Source
 
 # A worker's life: STARTING (no word that it is ready) -> SERVING -> ENDING (it was told to, or said that it will)
 # -> DYING (its process has ended, its exit code is awaited) -> GONE.
@@ -21,6 +23,7 @@ STUCK = 50e-3  # a waiting thread that watches so long is stuck in a signal hand
 SOON = 1e-3  # when to look again for a task that has a tiny limit and has not begun
 AHEAD = 20e-3  # how long tasks that were sent ahead wait behind one that turned out to be long
 SHORT = 10e-3  # tasks that take less, of late, are sent ahead of time: one,
+RECENT = 10  # log records that are kept for the report of a crash
 AHEAD_SECONDS = 16e-3  # ... or as many as should take this long (a busy thread of the program keeps the GIL for 5 ms)
 REST = 0.5e-3, 8e-3  # seconds, at least and at most, in which nobody listens to a worker that has several tasks:
 SEVERAL = 3
@@ -62,10 +65,10 @@ class WorkerHandle:
     by the turn's number, so that a thread that is late with this does not speak for the one that came after it.
     """
 
-    def __init__(self, index: int, name: str, now: float) -> None:
+    def __init__(self, index: int, name: str, now: float, *, has_output: bool = False) -> None:
         self.index = index
         self.name = name
-        self.channel = Channel()
+        self.channel = Channel(has_output=has_output)
         self.process: ProcessHandle | None = None
         self.state = STARTING
         self.turn = 0  # how often it began to wait for work
@@ -82,6 +85,7 @@ class WorkerHandle:
         self.finished = 0  # tasks whose outcome was taken past the dispatcher: with a result
         self.failed = 0  # ... with an error
         self.retiring = False
+        self.ended_early = False
         self.paused_at: float | None = None  # since when a waiting thread watches what it writes
         self.rests_until = math.inf  # when what it wrote is looked at, if nobody listens until then
         self.exitcode: int | None = None
@@ -91,6 +95,15 @@ class WorkerHandle:
         self.hosted: Any = None  # what the host keeps about it
         self.seconds = math.inf  # how long a task of it takes, of late: rather too much,
         self.least = math.inf  # ... and rather too little
+        self.peak_memory: int | None = None  # once it has ended: bytes
+        self.others_memory = 0  # ... of what it had started and still lived then
+        self.out_of_memory: bool | None = None  # ... whether the kernel killed it for that
+        self.printed: Printed | None = None  # what it has printed, where that is wanted
+        self.batches_out = 0  # batches of log records that were queued,
+        self.batches_done = 0  # ... and that the listener has handled
+        self.is_held_up = False  # whether it is not read, since too many records wait
+        self.recent: deque[tuple[int, int, bytes]] = deque(maxlen=RECENT)  # its last records: unit, item, data
+        self.logged_by: tuple[int, int, Source] | None = None  # where the last one came from: unit, item, source
 
     def __repr__(self) -> str:
         return f"<worker {self.index} {self.state} pid={self.pid}>"
@@ -200,6 +213,10 @@ class WorkerHandle:
         if self.received != received:
             self.received = received
             self.progressed = now
+
+    def unit_of(self, unit_id: int) -> Unit | None:
+        """Return what is out with it under this id."""
+        return next((unit for unit in self.inflight if unit.id == unit_id), None)
 
     def write_interrupt(self, stop: Stop) -> None:
         """Write what shall be interrupted into the page: the item first, so that the pair is never mixed."""

@@ -182,9 +182,12 @@ class TemplateHost(Host):
             self._by_pid[pid] = worker
             self._crew.process_known(worker, pid)
 
-    def _ended(self, template: _TemplateProcess, pid: int, exitcode: int) -> None:
+    def _ended(self, template: _TemplateProcess, pid: int, exitcode: int, memory: int | None) -> None:
         worker = self._by_pid.get(pid)
         if worker is not None:
+            self._crew.process_ended(worker)  # what it leaves is looked at there
+            if memory is not None:
+                worker.peak_memory = memory + worker.others_memory
             self._crew.exitcode_known(worker, exitcode)
         else:
             with contextlib.suppress(OSError):  # it was given up before it said who it is
@@ -313,8 +316,9 @@ class _TemplateProcess:
             changes["imports"] = ["cloudpickle"]  # tasks that came by value need it: once here, not in each worker
             state["cloudpickle"] = True
         with _standard_streams() as streams:
-            fds = [*worker.channel.worker_end.fds, *streams, *_tracker_fd()]
-            limits = _limits(f"worker-{worker.index}")
+            channel = worker.channel.worker_end.fds
+            fds = [*channel, *streams, *_tracker_fd()]
+            limits = {**_limits(f"worker-{worker.index}"), "channel": len(channel)}
             self.line.send((tpl.START, self._requests, changes, limits, len(fds)), fds)
         self.starting[self._requests] = worker
         self._requests += 1

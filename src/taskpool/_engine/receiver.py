@@ -6,8 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, TypeGuard
 
-from taskpool import logs as worker_logs
-from taskpool._engine import verdicts, wire
+from taskpool._engine import autopsy, verdicts, wire
 from taskpool._engine.callbacks import CallbackThread
 from taskpool._engine.channel import ANY_ITEM
 from taskpool._engine.crew import Counts, Crew, Settings
@@ -16,7 +15,10 @@ from taskpool._engine.handle import SERVING, WorkerHandle
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import LARGE, Blocks
 from taskpool._engine.outcomes import EncodedError
+from taskpool._engine.outputs import Outputs
+from taskpool._engine.reports import Reports
 from taskpool._engine.retries import CANCELLED, CRASHED, FAILED, FINISHED, TIMED_OUT, Ended, Retries
+from taskpool._engine.telling import Teller
 from taskpool._engine.units import Piece, Range, Unit, settled_by
 from taskpool._engine.wire import BadFrameError, Frame, Pickled
 from taskpool._map import Settled
@@ -40,7 +42,9 @@ class Receiver:
         settings: What does not change.
         counts: Where it is noted how tasks ended.
         callbacks: The thread for what may run user code.
-        logs: The thread for log handlers.
+        reports: What workers log, and what waits behind that.
+        teller: Who tells listeners what has begun.
+        outputs: What tasks print.
         blocks: Where large results lie.
     """
 
@@ -53,7 +57,9 @@ class Receiver:
         settings: Settings,
         counts: Counts,
         callbacks: CallbackThread,
-        logs: CallbackThread,
+        reports: Reports,
+        teller: Teller,
+        outputs: Outputs,
         blocks: Blocks,
     ) -> None:
         self.singling: set[Range] = set()  # those whose items are being pickled again, singly
@@ -62,10 +68,12 @@ class Receiver:
         self._crew = crew
         self._feeder = feeder
         self._settings = settings
-        self._has_listeners = bool(settings.listeners)
+        self._is_watched = bool(settings.listeners) or outputs.is_on
         self._counts = counts
         self._callbacks = callbacks
-        self._logs = logs
+        self._reports = reports
+        self._teller = teller
+        self._outputs = outputs
         self._blocks = blocks
 
     # What workers write
@@ -86,6 +94,8 @@ class Receiver:
             self._cannot_read(worker)
         except (EOFError, OSError):
             self._crew.channel_ended(worker)
+        finally:
+            self._reports.flush()
 
     def _cannot_read(self, worker: WorkerHandle) -> None:
         """It costs this worker, and the task it has in hand; what follows in the pipe means nothing."""
@@ -99,8 +109,9 @@ class Receiver:
                 frame = self._fetched(worker, frame)
             self._on_outcome(worker, frame)
         elif frame.kind == wire.LOG:
-            task = self._name_of(worker, frame.unit)
-            self._logs.run(lambda: worker_logs.handle(wire.loads(frame.body), task))
+            self._reports.add(worker, frame)
+        elif frame.kind == wire.BEGUN:
+            self._teller.started(worker, frame)
         elif frame.kind == wire.REPORT:
             self._on_report(worker, frame)
         elif frame.kind == wire.HELLO:
@@ -123,9 +134,6 @@ class Receiver:
             with contextlib.suppress(OSError):  # no room, or no descriptor left
                 worker.channel.lend(self._blocks.take(size))
         return frame
-
-    def _name_of(self, worker: WorkerHandle, unit_id: int) -> str:
-        return next((unit.name for unit in worker.inflight if unit.id == unit_id), "")
 
     def _on_report(self, worker: WorkerHandle, frame: Frame) -> None:
         unit = worker.inflight[0] if worker.inflight else None
@@ -156,15 +164,29 @@ class Receiver:
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
         policy = unit.options.retry
-        if self._has_listeners or (policy is not None and policy.judges(ok=ok)):
-            settled = settled_by(frame, worker.name, unit.attempt)
-            self.retries.consider(Ended(unit, settled, FINISHED if ok else FAILED))
+        is_behind = worker.batches_out != worker.batches_done and self._reports.is_behind(worker)
+        if is_behind or self._is_watched or (policy is not None and policy.judges(ok=ok)):
+            settled = self._with_output(worker, unit, settled_by(frame, worker.name, unit.attempt))
+            self._settle(worker, Ended(unit, settled, FINISHED if ok else FAILED))
             return unit.advance(frame)
         if ok:
             self._counts.finished += frame.items
         else:
             self._counts.failed += 1
         return unit.receive(frame, worker.name)
+
+    def _with_output(self, worker: WorkerHandle, unit: Unit, settled: Settled) -> Settled:
+        """Return what is settled, with what its task has printed, where that is kept."""
+        if not self._outputs.is_on:
+            return settled
+        text = "".join(
+            self._outputs.take(worker, unit, item) for item in range(settled.item, settled.item + settled.items)
+        )
+        return settled._replace(output=text)
+
+    def _settle(self, worker: WorkerHandle, ended: Ended) -> None:
+        """Settle what has ended, once the records that came before are handled, unless it is tried again."""
+        self._reports.hold(worker, lambda: self.retries.consider(ended))
 
     def next_task(self, worker: WorkerHandle) -> None:
         """Give a worker that has nothing left something else to do, or let it wait."""
@@ -211,6 +233,7 @@ class Receiver:
             for item in range(unit.next, unit.stop):
                 unit.settle(Settled(item, 1, verdicts.cancelled(), attempts=unit.piece.attempt - 1))
         self.singling.clear()
+        self._reports.end()
 
     # Tasks that do not end by themselves
 
@@ -224,7 +247,8 @@ class Receiver:
         elif request is not None and request.unit is unit and request.item in (item, ANY_ITEM):
             self._settle_stopped(worker, unit, item, worker.channel.page.stack())
         else:
-            self._fail_item(worker, unit, item, verdicts.crashed(worker, unit), CRASHED)
+            self._outputs.flush(worker, unit)
+            self._fail_item(worker, unit, item, autopsy.crashed(worker, unit, item), CRASHED)
 
     def _settle_stopped(self, worker: WorkerHandle, unit: Unit, item: int, stack: str | None) -> None:
         """The task was stopped: it passed its limit, or was cancelled."""
@@ -237,7 +261,8 @@ class Receiver:
         """Settle one item of a unit, or have it tried again, and put back what is left of the unit."""
         started = worker.channel.page.current()[2]
         settled = Settled(item, 1, outcome, started, max(0.0, now() - started), worker.name, unit.attempt)
-        self.retries.consider(Ended(unit, settled, kind))
+        settled = self._with_output(worker, unit, settled)
+        self._settle(worker, Ended(unit, settled, kind))
         if isinstance(unit, Range):
             self._counts.rerun += max(0, item - unit.next)
             piece = unit.rest(item)

@@ -106,6 +106,7 @@ class Retries:
             self._settle(decided.ended)
         elif decided.again is not None:
             self._counts.retried += 1
+            decided.ended.unit.add_output(decided.ended.settled)
             self._tell_retried(decided.ended, decided.wait)
             self._feeder.delay(decided.again, decided.wait)
 

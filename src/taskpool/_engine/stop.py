@@ -22,11 +22,15 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPT_SIGNAL = signal.SIGUSR1
 STACK_SIGNAL = signal.SIGUSR2
+LIVE_SIGNAL = (
+    getattr(signal, "SIGRTMIN", 0) and signal.SIGRTMIN + 7
+)  # one that nobody uses; asks for stacks, and no more
+KILL_SIGNAL = signal.SIGKILL
 
 _HAS_LIFE_SIGNAL = hasattr(fcntl, "F_SETSIG") and hasattr(os, "O_ASYNC")
 
@@ -52,13 +56,13 @@ class ProcessHandle:
         except (AttributeError, OSError):  # there are none, or no descriptor is left: the host sees its end
             pass
 
-    def send(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         """Send a signal; a process that has ended gets none."""
         with contextlib.suppress(OSError):
             if not self._send_by_fd(number) and not self.ended:
                 os.kill(self.pid, number)
 
-    def _send_by_fd(self, number: signal.Signals) -> bool:
+    def _send_by_fd(self, number: int) -> bool:
         """Send a signal by the pidfd; False if there is none, or it takes none, as in some sandboxes."""
         if self.fd is None:
             return False
@@ -90,6 +94,44 @@ class ProcessHandle:
             self.fd = None
 
 
+def ask_for_stacks(process: ProcessHandle) -> bool:
+    """Have the worker write all its stacks, and go on; return False where the system has no signal for that."""
+    if not LIVE_SIGNAL:
+        return False
+    process.send(LIVE_SIGNAL)
+    return True
+
+
+def has_taken_signal(pid: int, blocked_before: set[str]) -> bool:
+    """Whether a process has nothing more to do for LIVE_SIGNAL: it waits nowhere, and no thread is handling it.
+
+    A thread that handles a signal blocks it for as long.
+
+    Args:
+        pid: The process.
+        blocked_before: Threads that had it blocked before it was sent, for reasons of their own.
+    """
+    with contextlib.suppress(OSError):  # it has ended
+        return not _has_mask(f"/proc/{pid}/status", "ShdPnd:") and not threads_that_block(pid) - blocked_before
+    return True
+
+
+def threads_that_block(pid: int) -> set[str]:
+    """Return the threads of a process that have LIVE_SIGNAL blocked."""
+    found = set()
+    with contextlib.suppress(OSError):  # it, or one of them, has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            if _has_mask(f"/proc/{pid}/task/{thread}/status", "SigBlk:"):
+                found.add(thread)
+    return found
+
+
+def _has_mask(path: str, field: str) -> bool:
+    with open(path) as status:
+        mask = next((line for line in status if line.startswith(field)), "x 0").split()[1]
+    return bool(int(mask, 16) >> (LIVE_SIGNAL - 1) & 1)
+
+
 def has_pidfds() -> bool:
     """Whether the system hands out pidfds that take signals. Older kernels and some sandboxes refuse either call."""
     try:
@@ -114,6 +156,69 @@ def dump_and_die(process: ProcessHandle) -> None:
     """Have the worker write all its stacks and end."""
     process.send(STACK_SIGNAL)
     process.send(signal.SIGCONT)
+
+
+# How much memory a process took
+
+_WAITID = {"x86_64": 247, "aarch64": 95, "riscv64": 95}  # the system call's number
+_MAXRSS_AT = 32  # in struct rusage, behind two timevals
+
+
+def peak_memory(process: ProcessHandle | None) -> tuple[int | None, int]:
+    """Return how much memory, in bytes, a process that has ended took at most, and what it had started and lives.
+
+    Of what has ended before it no more than the largest counts, with the first. That is None where it cannot be asked
+    for: of a process that is not a child of this one.
+    """
+    if process is None or not sys.platform.startswith("linux"):
+        return None, 0
+    others = sum(_peak_of(pid) for pid in _in_session(process.pid))
+    return (None if process.fd is None else peak_of_zombie(os.P_PIDFD, process.fd)), others
+
+
+def peak_of_zombie(kind: int, number: int) -> int | None:
+    """Return how much memory, in bytes, a child of this process that has ended took at most; None if it is no child.
+
+    Python's own `waitid` leaves out what the system tells about that, and `wait4` reaps.
+    """
+    call = _WAITID.get(os.uname().machine)
+    if call is None or sys.maxsize < 1 << 32:
+        return None
+    import ctypes
+
+    usage = ctypes.create_string_buffer(1024)
+    how = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    system = ctypes.CDLL(None)
+    if system.syscall(call, kind, number, None, how, usage) != 0:
+        return None
+    return int.from_bytes(usage.raw[_MAXRSS_AT : _MAXRSS_AT + 8], sys.byteorder) * 1024 or None
+
+
+def _peak_of(pid: int) -> int:
+    with contextlib.suppress(OSError, StopIteration, ValueError), open(f"/proc/{pid}/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
+    return 0
+
+
+def out_of_memory_kills() -> int | None:
+    """Return how many processes the kernel has killed for memory; None if that cannot be read."""
+    for path in _counters():
+        with contextlib.suppress(OSError, StopIteration, ValueError, IndexError), open(path) as file:
+            return int(next(line for line in file if line.startswith("oom_kill ")).split()[1])
+    return None
+
+
+def _counters() -> list[str]:
+    """Return the files that may have the count: those of this control group, then that of the system."""
+    files = []
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as groups:
+        for line in groups:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if not controllers:
+                files += [f"/sys/fs/cgroup{path}/memory.events", "/sys/fs/cgroup/memory.events"]
+            elif "memory" in controllers.split(","):
+                files += [f"/sys/fs/cgroup/memory{path}/memory.oom_control", "/sys/fs/cgroup/memory/memory.oom_control"]
+    return [*files, "/proc/vmstat"]
 
 
 def signal_name(exitcode: int | None) -> str | None:
@@ -203,6 +308,8 @@ def write_stacks_to(fd: int) -> None:
 
     faulthandler.enable(fd)
     faulthandler.register(STACK_SIGNAL, fd, all_threads=True, chain=True)
+    if LIVE_SIGNAL:
+        faulthandler.register(LIVE_SIGNAL, fd, all_threads=True)
 
 
 def sweep_session(session: int) -> None:
@@ -212,6 +319,13 @@ def sweep_session(session: int) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
+    for pid in _in_session(session):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
+
+
+def _in_session(session: int) -> Iterator[int]:
+    """Yield the processes of a session beside its leader."""
     entries: list[str] = []
     with contextlib.suppress(OSError):  # no descriptor is left to list it with
         entries = os.listdir("/proc")
@@ -219,4 +333,4 @@ def sweep_session(session: int) -> None:
         if entry.isdigit() and int(entry) != session:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if os.getsid(int(entry)) == session:
-                    os.kill(int(entry), signal.SIGKILL)
+                    yield int(entry)

@@ -4,7 +4,7 @@ It never imports `__main__`, so no guard is needed; it forks from its only threa
 state; and what it has imported is shared with all workers. It answers on one socket:
 
     parent -> template   START (number, changes of state, descriptors) · REAP (pid)
-    template -> parent   STARTED (number, pid) · ENDED (pid, exit code) · FAILED (number, reason)
+    template -> parent   STARTED (number, pid) · ENDED (pid, exit code, peak memory) · FAILED (number, reason)
 
 A worker stays unreaped until the parent says so: while it is a zombie its pid, group and session mean nothing else.
 When the parent is gone the template kills what is left of its workers' sessions, and ends.
@@ -135,13 +135,14 @@ class Template:
             self.line.sock.close()
             for pidfd in self.workers.values():
                 os.close(pidfd)
-            *channel, out, err = fds[:6]
+            count = limits["channel"]
+            channel, (out, err), tracker = fds[:count], fds[count : count + 2], fds[count + 2 :]
             os.dup2(out, 1)
             os.dup2(err, 2)
             os.close(out)
             os.close(err)
             apply_limits(limits)
-            _hand_over_identity(limits, fds[6:])
+            _hand_over_identity(limits, tracker)
             _reseed()
 
             from taskpool._engine.channel import WorkerEnd
@@ -166,7 +167,9 @@ class Template:
         result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if result is not None:
             exited = result.si_code == os.CLD_EXITED
-            self.line.send((ENDED, pid, result.si_status if exited else -result.si_status))
+            code = result.si_status if exited else -result.si_status
+            memory = stop.peak_of_zombie(os.P_PIDFD, pidfd) if code else None
+            self.line.send((ENDED, pid, code, memory))
         if pid in self.released:
             self._reap(pid)
 
@@ -290,8 +293,9 @@ def main(fd: int, preload: list[str], *, collects: bool = True) -> None:
     import multiprocessing.process  # noqa: F401
     import resource  # noqa: F401
 
+    import taskpool._engine.forwarding
     import taskpool._engine.worker
-    import taskpool.logs  # noqa: F401
+    import taskpool._levels  # noqa: F401
 
     template = Template(sock)
     if collects:

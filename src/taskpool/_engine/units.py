@@ -84,14 +84,16 @@ class Call:
 
     def frame(self) -> list[Bytes]:
         """Return the parts of the frame that brings it to a worker."""
-        body = (
-            Pickled(self._small) if self._large is None else self._large.pickled()
-        )  # once: blocks may fail any moment
+        body = self.pickled()  # once: blocks may fail any moment
         limit = self.options.task_timeout or 0.0
         head = wire.frame_head(
             wire.CALL, self.id, body, index=self.future.order, count=1, seconds=limit, attempt=self.attempt
         )
         return [head, *body.pieces()]
+
+    def pickled(self) -> Pickled:
+        """Return what was pickled, as it would be sent."""
+        return Pickled(self._small) if self._large is None else self._large.pickled()
 
     def packet(self) -> bytes:
         """Return the frame of a small one as one piece."""
@@ -134,10 +136,17 @@ class Call:
 
     def settle(self, settled: Settled) -> None:
         """Resolve with an outcome."""
+        self.add_output(settled)
         self.future.finish(settled.outcome)
 
-    def settle_cancelled(self, _settled: Settled) -> None:
+    def add_output(self, settled: Settled) -> None:
+        """Keep what an attempt has printed."""
+        if settled.output:
+            self.future.output += settled.output
+
+    def settle_cancelled(self, settled: Settled) -> None:
         """Resolve as cancelled."""
+        self.add_output(settled)
         self.future.finish_cancelled()
 
     def report(self, _item: int, done: float, total: float) -> None:
@@ -192,6 +201,11 @@ class Piece:
         self.todo = [(0, len(items))]
         self.attempts: Attempts | None = None  # of a single item that has failed and is tried again
         self.fresh = False  # whether it must run on a new worker, alone
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.job.options.name or name_of(self.job.fn)
 
     @property
     def attempt(self) -> int:
@@ -279,7 +293,7 @@ class Range:
         self.stop = stop
         self.tasks = stop - start
         self.options = piece.job.options
-        self.name = piece.job.options.name or name_of(piece.job.fn)
+        self.name = piece.name
 
     @property
     def job(self) -> MapJob:
@@ -338,6 +352,9 @@ class Range:
     def settle_cancelled(self, settled: Settled) -> None:
         """Give an item its outcome; nobody will ask for it if it was the map that was cancelled."""
         self.settle(settled)
+
+    def add_output(self, settled: Settled) -> None:
+        """What an attempt of an item has printed is in its outcome."""
 
     def report(self, item: int, done: float, total: float) -> None:
         """Note how far an item says it is."""

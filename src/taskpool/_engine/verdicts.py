@@ -5,39 +5,10 @@ from __future__ import annotations
 from concurrent.futures import CancelledError
 
 from taskpool import errors
-from taskpool._engine import stop
 from taskpool._engine.handle import WorkerHandle
 from taskpool._engine.outcomes import EncodedError
 from taskpool._engine.units import Unit
 from taskpool._task import Failure
-
-_FAULTS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
-
-
-def crashed(worker: WorkerHandle, unit: Unit) -> Failure:
-    """The worker died while it ran this."""
-    reason = worker.reason or _describe(worker.exitcode)
-    return Failure(
-        errors.WorkerCrashedError(
-            f"the worker (pid {worker.pid}) died while it ran task {unit.name}: {reason}",
-            exitcode=worker.exitcode,
-            signal=stop.signal_name(worker.exitcode),
-            pid=worker.pid,
-            stack=worker.channel.page.stack(),
-            task=unit.name,
-        )
-    )
-
-
-def _describe(exitcode: int | None) -> str:
-    name = stop.signal_name(exitcode)
-    if exitcode is None:
-        return "its exit code is not known"
-    if name == "SIGKILL":
-        return "killed by SIGKILL (by somebody, or by the kernel because memory ran out)"
-    if name in _FAULTS:
-        return f"{name} (a fault in C code)"
-    return f"killed by {name}" if name else f"it exited with code {exitcode}"
 
 
 def timed_out(worker: WorkerHandle, unit: Unit, stack: str | None) -> Failure:

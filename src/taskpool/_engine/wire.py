@@ -43,11 +43,12 @@ SETUP, CALL, RANGE, SENTINEL, FORGET = range(1, 6)
 HELLO, READY, NOT_READY, GOODBYE, LOG, REPORT, HALTED, INTERRUPTED = range(16, 24)  # life, and words beside the task
 # outcomes; EACH has a pickle for each of its values, NUMBERS are not pickled
 VALUES, EACH, RAISED, UNSENDABLE, UNREADABLE, NUMBERS = range(24, 30)
+BEGUN = 31  # a task, where somebody listens
 UNOPENED = 30  # nothing has run: the shared memory in which the task lies cannot be opened there
 RESULTS = frozenset({VALUES, EACH, NUMBERS})
 _FLAT = frozenset({bytes, bytearray, str})
 PARENT_TO_WORKER = frozenset(range(SETUP, FORGET + 1))
-WORKER_TO_PARENT = frozenset(range(HELLO, UNOPENED + 1))
+WORKER_TO_PARENT = frozenset(range(HELLO, BEGUN + 1))
 
 
 class Pickled(NamedTuple):
@@ -389,6 +390,11 @@ def frame_head(
 def packet(kind: int, unit: int, stream: Bytes, *, index: int, seconds: float, attempt: int) -> bytes:
     """Return a small frame of one task, as one piece."""
     return ONE_PART.pack(kind, 0, 1, attempt, unit, index, 1, 0.0, seconds, len(stream)) + stream
+
+
+def log_frame(unit: int, item: int, record: bytes) -> bytes:
+    """Return the frame of a log record, as one piece."""
+    return ONE_PART.pack(LOG, 0, 1, 0, unit, item, 0, 0.0, 0.0, len(record)) + record
 
 
 def unit_of(frame: bytes) -> int:

@@ -24,6 +24,7 @@ from taskpool._engine.channel import (
     INTERRUPT,
     INTERRUPT_ITEM,
     ITEM,
+    LEVELS,
     LOADING,
     PHASE,
     RUNNING,
@@ -91,7 +92,7 @@ class Interrupts:
         import traceback
 
         self.armed = 0
-        self.stack = "".join(traceback.format_stack(frame))
+        self.stack = "".join(traceback.format_stack(frame)) + _other_stacks()
         raise TaskInterrupt
 
     def shield(self) -> None:
@@ -117,6 +118,7 @@ class Worker:
         self._initializer = initializer, initargs
         self.interrupts = Interrupts(channel)
         self.name = ""
+        self._main_thread = threading.get_ident()
         self._handler = self.interrupts.handle  # one object, so that "is it still installed?" can be asked
         self._words = channel.page.words
         self._times = channel.page.times
@@ -125,6 +127,10 @@ class Worker:
         self._frame: Frame | None = None  # of the unit that runs
         self._task = "", "", 0  # the name of its task, the beginning of its id, and the number of its first item
         self._reported = 0.0  # when the last report was sent
+        self._levels_version: int | None = None  # of the loggers' levels; None if they are not the parent's
+        self._levels: dict[str, int] = {}
+        self.tells_starts = False  # whether somebody listens to that
+        self.marks = b""  # what marks in the output begin with; empty where there are none
 
     # Life
 
@@ -149,9 +155,10 @@ class Worker:
 
     def _set_up(self, frame: Frame) -> None:
         try:
-            prefix, log_levels, _, sent_initializer = wire.loads(frame.body)
+            prefix, (forwards_logs, self.tells_starts), _, sent_initializer = wire.loads(frame.body)
             self.name = f"{prefix}-{frame.item}"
-            self._forward_logs(log_levels)
+            if forwards_logs:
+                self._forward_logs()
             initializer, initargs = sent_initializer or self._initializer
             if initializer is not None:
                 initializer(*initargs)
@@ -165,22 +172,39 @@ class Worker:
         else:
             self._report(wire.READY, frame)
 
-    def _forward_logs(self, levels: dict[str, int]) -> None:
-        from taskpool.logs import forward_from_worker
+    def _forward_logs(self) -> None:
+        from taskpool._engine.forwarding import forward
 
-        forward_from_worker(self.send_log, self.name, levels)
+        forward(self.send_log)
+        self._apply_levels()
 
-    def send_log(self, record: dict[str, Any]) -> None:
+    def send_log(self, record: bytes) -> None:
         """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process.
 
         In a handler that interrupted the writing of another record: when that returns.
         """
-        body = wire.dumps(record)
-        self._send_beside(wire.frame_head(wire.LOG, self._words[UNIT], body, index=self._words[ITEM]), body)
+        words = self._words
+        frame = wire.log_frame(words[UNIT], words[ITEM], record)
+        if threading.get_ident() != self._main_thread:
+            self.channel.send_small(frame)
+            return
+        interrupts = self.interrupts
+        interrupts.shield()
+        try:
+            self.channel.send_small(frame)
+        finally:
+            interrupts.unshield()
+
+    def _apply_levels(self) -> None:
+        """Take over the levels of the parent's loggers."""
+        from taskpool import _levels
+
+        self._levels_version, data = self.channel.page.levels()
+        self._levels = _levels.apply(data, self._levels)
 
     def _send_beside(self, head: bytes, body: Pickled | None = None) -> None:
         """Write a frame from within a task, from whichever of its threads."""
-        shielded = threading.current_thread() is threading.main_thread()
+        shielded = threading.get_ident() == self._main_thread
         if shielded:
             self.interrupts.shield()
         try:
@@ -188,6 +212,16 @@ class Worker:
         finally:
             if shielded:
                 self.interrupts.unshield()
+
+    def tell_start(self, unit: int, item: int, started: float) -> None:
+        """Say that something begins, to whoever wants to know."""
+        if self.marks:
+            from taskpool._engine.printed import mark
+
+            _flush()
+            mark(self.marks, unit, item)
+        if self.tells_starts:
+            self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
 
     # What a task asks about itself
 
@@ -238,6 +272,8 @@ class Worker:
                 self._task = name or _current.name_of(fn), str(frame.item), 0
                 self._frame = frame
                 self._words[PHASE] = RUNNING
+                if self.tells_starts or self.marks:
+                    self.tell_start(frame.unit, 0, started)
                 value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
                 del fn, args, kwargs
@@ -253,6 +289,8 @@ class Worker:
         return kind, body, seconds
 
     def _begin(self, unit: int) -> float:
+        if self._levels_version not in (self._words[LEVELS], None):
+            self._apply_levels()
         started = now()
         self._times[STARTED] = started
         self._words[ITEM] = 0
@@ -391,14 +429,16 @@ class RangeRun:
         are_tiny = self._tiny >= TINY_IN_A_ROW
         began = now()
         until = began + (10 * LOOK if are_tiny else LOOK)
-        first, last = self.index, min(self.index + (10 * SOME if are_tiny else SOME), self.end)
-        run = self._run_carefully if self._limited or self._star else self._run_plainly
+        some = 1 if self.worker.marks else 10 * SOME if are_tiny else SOME
+        first, last = self.index, min(self.index + some, self.end)
+        carefully = self._limited or self._star or self.worker.tells_starts or self.worker.marks
+        run = self._run_carefully if carefully else self._run_plainly
         self.index = 1 + run(self._items[first:last], first, until)
         if self.worker.interrupts.stack is not None:
             raise TaskInterrupt  # the item swallowed the first and went on to an end of its own: too late
         ended = now()
         self._tiny = self._tiny + 1 if ended - began < TINY * (self.index - first) else 0
-        if ended - until >= LOOK or ended - self.group_started >= GROUP:
+        if ended - until >= LOOK or ended - self.group_started >= GROUP or self.worker.marks:
             self.flush()
 
     # The hot loops of every map, so what they need stands in local names; what the second one can do has its price.
@@ -418,10 +458,13 @@ class RangeRun:
     def _run_carefully(self, items: Sequence[Any], first: int, until: float) -> int:
         words, times, fn, star = self.worker._words, self.worker._times, self._fn, self._star
         values, clock = self.values, now
+        tell = self.worker.tell_start if self.worker.tells_starts or self.worker.marks else None
         index, ended = first, clock()
         for index, item in enumerate(items, first):
             times[STARTED] = ended  # nothing lies between the end of one item and the start of the next
             words[ITEM] = index
+            if tell is not None:
+                tell(self.frame.unit, index, ended)
             values.append(fn(*item) if star else fn(item))
             ended = clock()
             if ended >= until:
@@ -497,6 +540,18 @@ class RangeRun:
         self.first = self.index
 
 
+def _other_stacks() -> str:
+    """Return the stacks of all threads but this one."""
+    import traceback
+
+    me, names = threading.get_ident(), {thread.ident: thread.name for thread in threading.enumerate()}
+    text = ""
+    for ident, frame in sys._current_frames().items():
+        if ident != me:
+            text += f"\nThread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+    return text
+
+
 def _failed(kind: int, error: BaseException) -> tuple[int, Pickled | None]:
     """Return the outcome of a task that ended with an error in a phase in which that is of this kind."""
     if kind == wire.UNREADABLE and isinstance(error, memory.BlockError):
@@ -536,6 +591,11 @@ def main(
     stop.write_stacks_to(channel.page_fd)
     namespace.begin()
     worker = Worker(channel, initializer, initargs)
+    if channel.output is not None:
+        from taskpool._engine import printed
+
+        worker.marks = printed.key_of(channel.page)
+        printed.redirect(channel.output)
     _current.set_source(worker.current)
     pid = os.getpid()
     os.register_at_fork(after_in_child=channel.close)

@@ -13,14 +13,17 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from taskpool import _carrier
 from taskpool._listeners import Listeners
 from taskpool._map import MapBackend
 from taskpool._options import TaskOptions
 from taskpool._task import TaskFuture
+from taskpool._unseen import Failures
 from taskpool.errors import ForkedExecutorError, QueueFullError, UnsupportedError
+from taskpool.logs import Sink
 
 if TYPE_CHECKING:
-    from taskpool._records import Capabilities, Stats
+    from taskpool._records import Capabilities, RunningTask, Stats
 
 
 class Setup(NamedTuple):
@@ -38,6 +41,10 @@ class Setup(NamedTuple):
     shutdown_timeout: float | None = None
     idle_timeout: float | None = None
     listeners: Listeners = Listeners()
+    sink: Sink | None = None
+    log_timeout: float = 5.0
+    context: tuple[_carrier.Place, ...] = ()
+    output: str = "inherit"
 
 
 class Sleeper(Protocol):
@@ -148,6 +155,7 @@ class Backend(MapBackend):
         self.workers: int = setup.max_workers
         self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+        self.failures: Failures = Failures(self.log_soon)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -155,8 +163,19 @@ class Backend(MapBackend):
         from taskpool._records import Capabilities
 
         return Capabilities(
-            kill=False, isolation=False, processes=False, start_methods=False, preload=False, recycling=False
+            kill=False,
+            isolation=False,
+            processes=False,
+            start_methods=False,
+            preload=False,
+            recycling=False,
+            logs=False,
+            output=False,
         )
+
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Log something where handlers may block. From any thread, at any moment."""
+        call()
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
@@ -169,6 +188,12 @@ class Backend(MapBackend):
     def is_here(self) -> bool:
         """Whether this process is the one that made this."""
         return self.pid == os.getpid()
+
+    def carrying(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with what the caller's context holds for its tasks, if that is anything."""
+        if self.setup.context or _carrier.has_bound():
+            return _carrier.load(fn, self.setup.context)
+        return fn
 
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """A thread begins to wait for this future; there is nothing that it could do itself."""
@@ -213,6 +238,14 @@ class Backend(MapBackend):
     @abstractmethod
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether the task has started and not ended."""
+
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Return where the task of this future is right now; None if it does not run."""
+        return next((running.stack for running in self.stacks() if running.id == future.task_id), None)
+
+    @abstractmethod
+    def stacks(self) -> list[RunningTask]:
+        """Return the tasks that run, and where they are."""
 
     @abstractmethod
     def run_callbacks(self, run: Callable[[], None]) -> None:

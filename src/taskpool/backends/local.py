@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
@@ -20,11 +22,24 @@ from taskpool._engine.threads import undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob, Settled
 from taskpool._options import TaskOptions
+from taskpool._records import RunningTask
 from taskpool._retry import Attempts
 from taskpool._task import Failure, RawOutcome, TaskFuture, Value
-from taskpool.backends.base import Setup
+from taskpool.backends.base import Setup, refuse
 from taskpool.errors import RemoteError, TaskTimeoutError
-from taskpool.events import How, TaskEnded, TaskRetried
+from taskpool.events import (
+    Event,
+    How,
+    TaskEnded,
+    TaskQueued,
+    TaskRetried,
+    TaskStarted,
+    WorkerDied,
+    WorkerReady,
+    WorkerReplaced,
+    WorkerStarted,
+)
+from taskpool.logs import Forward, mark_here
 
 _orders = itertools.count()
 
@@ -85,6 +100,17 @@ class LocalTask:
         """Which attempt is being made, from 1."""
         return 1 if self.attempts is None else self.attempts.number
 
+    def tell_queued(self, setup: Setup) -> None:
+        """Tell the listeners that it was accepted."""
+        if setup.listeners:
+            setup.listeners.tell(TaskQueued(executor=setup.name, task=self.name, id=self.id, attempt=0))
+
+    def tell_started(self, setup: Setup, worker: str) -> None:
+        """Tell the listeners that an attempt begins."""
+        if setup.listeners:
+            event = TaskStarted(executor=setup.name, task=self.name, id=self.id, attempt=self.attempt, worker=worker)
+            setup.listeners.tell(event)
+
     def tell_retried(self, setup: Setup, error: BaseException | None, wait: float) -> None:
         """Tell the listeners that another attempt follows."""
         if setup.listeners:
@@ -120,6 +146,36 @@ class LocalTask:
         return self.attempts.decide(outcome, seconds)
 
 
+class ThreadTeller:
+    """Tells listeners about worker threads, in these threads."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._lost: deque[str] = deque()  # that were abandoned, and have no successor yet
+
+    def _tell(self, event: Callable[..., Event], worker: str, **fields: Any) -> None:
+        self._setup.listeners.tell(event(executor=self._setup.name, worker=worker, pid=os.getpid(), **fields))
+
+    def started(self, worker: str) -> None:
+        """A thread begins."""
+        if self._setup.listeners:
+            self._tell(WorkerStarted, worker)
+            with contextlib.suppress(IndexError):
+                self._tell(WorkerReplaced, self._lost.popleft(), by=worker)
+
+    def ready(self, worker: str) -> None:
+        """It takes tasks."""
+        if self._setup.listeners:
+            self._tell(WorkerReady, worker)
+
+    def died(self, worker: str, *, early: bool) -> None:
+        """It has ended, or was abandoned."""
+        if self._setup.listeners:
+            if early:
+                self._lost.append(worker)
+            self._tell(WorkerDied, worker, exitcode=None, early=early)
+
+
 class Ran(NamedTuple):
     """An attempt that was made here: when it began (monotonic), how long it took, in which thread, which one it is."""
 
@@ -127,6 +183,19 @@ class Ran(NamedTuple):
     seconds: float
     worker: str | None
     attempts: int
+
+
+def log_here(backend: str, setup: Setup) -> None:
+    """See that records of tasks say from which they came; they go to the program's own handlers, as all of its records.
+
+    Raises:
+        UnsupportedError: If they shall go anywhere else.
+    """
+    refuse(backend, output="" if setup.output == "inherit" else setup.output)
+    if isinstance(setup.sink, Forward):
+        mark_here()
+    elif setup.sink is not None:
+        refuse(backend, logs=setup.sink)
 
 
 def not_run(task: LocalTask) -> Ran:
@@ -291,6 +360,19 @@ def stack_of(thread_id: int) -> str | None:
     """Return where a thread is."""
     frame = sys._current_frames().get(thread_id)
     return None if frame is None else "".join(traceback.format_stack(frame))
+
+
+def running_here(task: LocalTask, worker: str, began: float, thread_id: int | None) -> RunningTask:
+    """Return a task that runs in a thread of this process, and where that is."""
+    return RunningTask(
+        task=task.name,
+        id=task.id,
+        attempt=task.attempt,
+        worker=worker,
+        pid=os.getpid(),
+        seconds=max(0.0, time.monotonic() - began),
+        stack=None if thread_id is None else stack_of(thread_id),
+    )
 
 
 def interrupt_thread(thread_id: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._records import Stats
+from taskpool._records import RunningTask, Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
@@ -26,8 +26,10 @@ from taskpool.backends.local import (
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    log_here,
     not_run,
     run_task,
+    running_here,
     stack_of,
     timed_out,
 )
@@ -45,6 +47,7 @@ class SerialBackend(Backend):
             preload=setup.preload,
             max_tasks_per_child=setup.max_tasks_per_child,
         )
+        log_here(name, setup)
         self.workers = 1
         self._alarms = Alarms(setup.name)
         self._running: list[LocalRun] = []
@@ -64,6 +67,10 @@ class SerialBackend(Backend):
             self._counts["failed"] += future.finish(Failure(_initializer_error(self._broken)))
         else:
             self._run(LocalCall(future, fn, args, kwargs, options))
+
+    def carrying(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as it is: tasks run in the caller's own context."""
+        return fn
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Run items of a map now, until the time of the whole call is over."""
@@ -94,7 +101,9 @@ class SerialBackend(Backend):
 
     def _run(self, task: LocalTask, deadline: float | None = None) -> None:
         """Run a task, as often as its policy asks for; the caller sleeps in between, as the worker that it is."""
+        task.tell_queued(self.setup)
         while task.claim():
+            task.tell_started(self.setup, "serial")
             wait = self._attempt(task, deadline)
             if wait is None:
                 return
@@ -188,6 +197,14 @@ class SerialBackend(Backend):
         if run.interrupt(has_timed_out=has_timed_out):
             self._alarms.repeat(run.strike)
 
+    def stacks(self) -> list[RunningTask]:
+        """Look at the callers' threads."""
+        return [
+            running_here(run.task, "serial", run.began, run.thread)
+            for run in list(self._running)
+            if run.task is not None
+        ]
+
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether this future's task runs."""
         return any(run.task is not None and run.task.owns(future) for run in list(self._running))
@@ -247,7 +264,8 @@ class LocalRun:
         self.interrupted: bool = False
         self.timed_out: bool = False
         self.stack: str | None = None
-        self._thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
+        self.began: float = time.monotonic()
         self._in_main = threading.current_thread() is threading.main_thread()
         self._lock = threading.Lock()
         self._active = False
@@ -268,7 +286,7 @@ class LocalRun:
         with self._lock:
             self._active = False
             if self.interrupted and not self._in_main:
-                cancel_interrupt(self._thread)
+                cancel_interrupt(self.thread)
         _here.run = self._outer
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -279,15 +297,15 @@ class LocalRun:
             if not self._active or self.interrupted:
                 return False
             self.interrupted, self.timed_out = True, has_timed_out
-            self.stack = stack_of(self._thread)
+            self.stack = stack_of(self.thread)
             if self._in_main:
-                signal.pthread_kill(self._thread, signal.SIGUSR1)
+                signal.pthread_kill(self.thread, signal.SIGUSR1)
             return True
 
     def strike(self) -> bool:
         """Interrupt the task that was asked to end, where no signal does; return False if it cannot be done now."""
         with self._lock:
-            return self._in_main or not self._active or interrupt_thread(self._thread)
+            return self._in_main or not self._active or interrupt_thread(self.thread)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and not self._raised:

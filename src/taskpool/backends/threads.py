@@ -18,7 +18,7 @@ from taskpool._engine.threads import InterruptibleThread, undisturbed
 from taskpool._engine.worker import TaskInterrupt
 from taskpool._map import MapJob
 from taskpool._options import TaskOptions
-from taskpool._records import Stats
+from taskpool._records import RunningTask, Stats
 from taskpool._task import Failure, RawOutcome, TaskFuture
 from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.backends.local import (
@@ -27,12 +27,15 @@ from taskpool.backends.local import (
     LocalItem,
     LocalTask,
     Ran,
+    ThreadTeller,
     as_current,
     cancel_interrupt,
     interrupt_thread,
     kind_of,
+    log_here,
     not_run,
     run_task,
+    running_here,
     stack_of,
     timed_out,
 )
@@ -62,7 +65,9 @@ class ThreadBackend(Backend):
             preload=setup.preload,
             max_tasks_per_child=setup.max_tasks_per_child,
         )
+        log_here(name, setup)
         self._alarms = Alarms(setup.name)
+        self.teller: ThreadTeller = ThreadTeller(setup)
         self._heap: list[tuple[int, int, int, LocalTask]] = []
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()  # by their future's id
         self._lock = threading.RLock()
@@ -90,13 +95,17 @@ class ThreadBackend(Backend):
         call.lifted_to = 0 if future._group is None else future._group.level
         self._slots.take(future, options.submit_timeout, self.is_own_thread)
         self._calls[id(future)] = call
+        call.tell_queued(self.setup)
         self._queue([call])
 
     def submit_items(self, job: MapJob, first: int, items: Sequence[Any]) -> None:
         """Queue items of a map. A task that maps is about to wait for them."""
         self._raise_if_broken()
         job.level = max(job.level, _level_here())
-        self._queue([LocalItem(job, index, item) for index, item in enumerate(items, first)])
+        tasks = [LocalItem(job, index, item) for index, item in enumerate(items, first)]
+        for task in tasks:
+            task.tell_queued(self.setup)
+        self._queue(tasks)
 
     def left_queue(self, future: TaskFuture[Any]) -> None:
         """Free the place of a task that waits no longer, and forget it if it was cancelled."""
@@ -425,7 +434,15 @@ class ThreadBackend(Backend):
             if self._broken is None:
                 self._start_threads()
             self._changed.notify_all()
+        self.teller.died(thread.name, early=True)
         self._conclude(ended)
+
+    def stacks(self) -> list[RunningTask]:
+        """Look at each thread."""
+        running = [(thread, thread.task) for thread in list(self._threads)]
+        return [
+            running_here(task, thread.name, thread.began, thread.ident) for thread, task in running if task is not None
+        ]
 
     def is_running(self, future: TaskFuture[Any]) -> bool:
         """Whether a thread runs this future's task."""
@@ -536,6 +553,15 @@ class WorkerThread(InterruptibleThread):
 
     def run(self) -> None:
         """Be the thread."""
+        teller = self.backend.teller
+        teller.started(self.name)
+        try:
+            self._serve()
+        finally:
+            if not self.abandoned:
+                teller.died(self.name, early=False)
+
+    def _serve(self) -> None:
         setup = self.backend.setup
         if setup.initializer is not None:
             try:
@@ -544,6 +570,7 @@ class WorkerThread(InterruptibleThread):
                 self.backend.initializer_failed(self, error)
                 return
             self.backend.initialized(self)
+        self.backend.teller.ready(self.name)
         while (task := self.backend.next_task(self)) is not None:
             self._run(task)
             del task
@@ -564,6 +591,7 @@ class WorkerThread(InterruptibleThread):
                 with self.shield:
                     self._leaving = False
                     self.backend.started(self, task)
+                    task.tell_started(self.backend.setup, self.name)
                 outcome = run_task(task)
             finally:
                 with self.shield:  # from here on no interrupt is sent; one that was sent and not raised is taken back

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from taskpool import _nesting, logs
+from taskpool import _nesting
 from taskpool._engine import functions, hosts, sharing, stop, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
@@ -19,7 +20,7 @@ from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.errors import NestingError, NotSendableError, UnsupportedError
 
 if TYPE_CHECKING:
-    from taskpool._records import Capabilities, Stats
+    from taskpool._records import Capabilities, RunningTask, Stats
 
 
 class WorkersBackend(Backend):
@@ -50,8 +51,12 @@ class WorkersBackend(Backend):
             max_tasks=setup.max_tasks_per_child,
             idle_timeout=setup.idle_timeout,
             listeners=setup.listeners,
+            sink=setup.sink,
+            log_timeout=setup.log_timeout,
+            output=setup.output,
         )
-        self._dispatcher = Dispatcher(host, settings, super().left_queue)
+        self._dispatcher = Dispatcher(host, settings, super().left_queue, self.failures.report_all)
+        self._has_listeners = bool(setup.listeners)
         self._keeps = handles  # of the initializer's arguments
         self._note_sent(handles)
 
@@ -61,7 +66,14 @@ class WorkersBackend(Backend):
         from taskpool._records import Capabilities
 
         return Capabilities(
-            kill=True, isolation=True, processes=True, start_methods=True, preload=self._uses_template, recycling=True
+            kill=True,
+            isolation=True,
+            processes=True,
+            start_methods=True,
+            preload=self._uses_template,
+            recycling=True,
+            logs=True,
+            output=True,
         )
 
     def submit(
@@ -72,6 +84,7 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
+        dispatcher.look_at_levels()
         call = make_call(future, fn, args, kwargs, options, blocks=dispatcher.blocks)
         if call is None:
             return
@@ -79,6 +92,8 @@ class WorkersBackend(Backend):
             self._note_sent(call.keeps)
         try:
             self._slots.take(future, options.submit_timeout, self.is_own_thread)
+            if self._has_listeners:
+                dispatcher.teller.queued(future)
             dispatcher.submit(call)
         except BaseException:  # a signal handler's, anywhere in there
             self._slots.free(future)
@@ -90,9 +105,11 @@ class WorkersBackend(Backend):
         if dispatcher.broken is not None:
             raise dispatcher.broken()
         dispatcher.start()
+        dispatcher.look_at_levels()
         pieces = make_pieces(job, first, items, dispatcher.blocks)
         for piece in pieces:
             self._note_sent(piece.keeps)
+        dispatcher.teller.queued_items(pieces)
         dispatcher.submit_pieces(pieces)
 
     def _note_sent(self, handles: Sequence[sharing.Handle]) -> None:
@@ -124,6 +141,27 @@ class WorkersBackend(Backend):
         """Whether the task has started."""
         return self._dispatcher.is_running(future)
 
+    def stack(self, future: TaskFuture[Any]) -> str | None:
+        """Ask its worker."""
+        return self._dispatcher.stack(future)
+
+    def stacks(self) -> list[RunningTask]:
+        """Ask every worker that runs something."""
+        from taskpool._records import RunningTask
+
+        return [
+            RunningTask(
+                task=running.unit.name,
+                id=running.unit.id_of(running.item),
+                attempt=running.unit.attempt,
+                worker=worker.name,
+                pid=worker.pid or 0,
+                seconds=max(0.0, time.monotonic() - running.started),
+                stack=stack,
+            )
+            for worker, running, stack in self._dispatcher.stacks()
+        ]
+
     def collect(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Take the outcome at the worker's own pipe, if the task was handed to it directly."""
         self.check_process()
@@ -132,6 +170,11 @@ class WorkersBackend(Backend):
     def run_callbacks(self, run: Callable[[], None]) -> None:
         """Run callbacks on the callback thread."""
         self._dispatcher.callbacks.run(run)
+
+    def log_soon(self, call: Callable[[], None]) -> None:
+        """Have something logged by the thread that handles the workers' records; here, once that has ended."""
+        if self.is_here():
+            self._dispatcher.log_soon(call)
 
     # The end
 
@@ -223,8 +266,9 @@ def _check_not_bootstrapping(context: Any) -> None:
 
 def _pickle_setup(setup: Setup, initializer: tuple[Any, Any] | functions.Globals) -> wire.Pickled:
     place = _nesting.Place(setup.max_workers)
+    does = setup.sink is not None, bool(setup.listeners)  # forward logs, tell what begins
     try:
-        return wire.frozen(wire.dumps_for_worker((setup.name, logs.current_levels(), place, initializer)))
+        return wire.frozen(wire.dumps_for_worker((setup.name, does, place, initializer)))
     except Exception as cause:
         raise NotSendableError(
             f"the initializer or its initargs cannot be pickled: {type(cause).__name__}: {cause}; locks and queues of "
