@@ -20,8 +20,10 @@ from typing import Any, NoReturn
 import pytest
 
 import taskpool
-from taskpool._engine import descriptors, entry, handle, hosts, launches
+from taskpool._engine import descriptors, entry, handle, launches
 from taskpool._engine.channel import Channel
+from taskpool._engine.hosts import pool as pool_host
+from taskpool._engine.hosts import processes as process_host
 from taskpool._engine.launches import Launches
 from tests import states, tasks
 from tests.helpers import PATIENCE, at_most, outcome, run_script, wait_until
@@ -327,5 +329,5 @@ def test_a_pool_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(place, function, refuse)
             with pytest.raises(OSError, match="too many"):
-                hosts._HostingPool(hosts.make_context("fork"), 1, entry.Luggage())
+                pool_host._HostingPool(process_host.make_context("fork"), 1, entry.Luggage())
     assert descriptors._parent_ends.fds <= noted  # those of an executor before may go meanwhile

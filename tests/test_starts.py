@@ -13,7 +13,11 @@ from typing import Any, NoReturn
 import pytest
 
 import taskpool
-from taskpool._engine import descriptors, hosts
+from taskpool._engine import descriptors
+from taskpool._engine.hosts.futures import FuturesHost
+from taskpool._engine.hosts.pool import PoolHost
+from taskpool._engine.hosts.processes import ProcessHost
+from taskpool._engine.hosts.template import TemplateHost
 from tests import processes, tasks
 from tests.helpers import PATIENCE, TEMPLATE, on_one_host, outcome, run_script, wait_until
 from tests.scripts import run_main
@@ -34,7 +38,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Exception]], 
 
         return attempt
 
-    for host in (hosts.TemplateHost, hosts.ProcessHost, hosts.FuturesHost, hosts.PoolHost):
+    for host in (TemplateHost, ProcessHost, FuturesHost, PoolHost):
         monkeypatch.setattr(host, "start", refusing(host.start))
     return lambda count, kind: left.extend(kind(errno.EMFILE, "too many") for _ in range(count))
 

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import pytest
 
 import taskpool
-from taskpool._engine import descriptors, hosts, stop
+from taskpool._engine import descriptors, stop
+from taskpool._engine.hosts import template as template_host
 from tests import processes, states, tasks
 from tests.helpers import PATIENCE, TEMPLATE, at_most, bounded, lines, outcome, wait_until
 from tests.scripts import run_main
@@ -51,7 +52,7 @@ def test_a_template_that_no_longer_fits(pool: Make, tmp_path: Path, monkeypatch:
     template = executor.submit(os.getppid).result(PATIENCE)
     running = executor.submit(tasks.hold, tmp_path / "started", tmp_path / "release", "unharmed")
     states.expect(tmp_path / "started", 1)
-    monkeypatch.setattr(hosts, "_identity", lambda: "another")
+    monkeypatch.setattr(template_host, "_identity", lambda: "another")
     assert executor.submit(os.getppid).result(PATIENCE) != template
     (tmp_path / "release").touch()
     assert running.result(PATIENCE) == "unharmed"
@@ -67,7 +68,7 @@ def test_a_start_that_fails_here_is_not_the_templates_fault(
     states.expect(tmp_path / "started", 1)
     failed: list[object] = []
     with monkeypatch.context() as patch:
-        patch.setattr(hosts, "_standard_streams", lambda: failed.append(1) or refuse())
+        patch.setattr(template_host, "_standard_streams", lambda: failed.append(1) or refuse())
         waiting = executor.submit(os.getppid)
         wait_until(lambda: failed)
     (tmp_path / "release").touch()
@@ -136,7 +137,7 @@ def test_a_template_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", refuse)
         with pytest.raises(OSError, match="too many"):
-            hosts._TemplateProcess([])
+            template_host._TemplateProcess([])
     assert descriptors._parent_ends.fds <= noted  # those of an executor before may go meanwhile
 
 

@@ -14,7 +14,7 @@ from taskpool import _levels, errors
 from taskpool._engine import stop
 from taskpool._engine.autopsy import OutOfMemoryKills
 from taskpool._engine.handle import DYING, ENDING, GONE, SERVING, STARTING, WorkerHandle
-from taskpool._engine.hosts import PENDING, Host
+from taskpool._engine.hosts.base import PENDING, Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import KEEP, Block
 from taskpool._engine.outcomes import EncodedError

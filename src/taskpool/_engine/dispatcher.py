@@ -27,7 +27,7 @@ from taskpool._engine.deadlines import Deadlines
 from taskpool._engine.direct import Direct
 from taskpool._engine.feeder import Feeder
 from taskpool._engine.handle import SERVING, STARTING, WorkerHandle
-from taskpool._engine.hosts import Host
+from taskpool._engine.hosts.base import Host
 from taskpool._engine.loop import Loop
 from taskpool._engine.memory import Blocks
 from taskpool._engine.outputs import Outputs

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taskpool import _nesting
-from taskpool._engine import functions, hosts, sharing, stop, wire
+from taskpool._engine import functions, sharing, stop, wire
 from taskpool._engine.crew import Settings
 from taskpool._engine.dispatcher import Dispatcher
 from taskpool._engine.units import make_call, make_pieces
@@ -20,6 +20,7 @@ from taskpool.backends.base import Backend, Setup, refuse
 from taskpool.errors import NestingError, NotSendableError, UnsupportedError
 
 if TYPE_CHECKING:
+    from taskpool._engine.hosts.base import Host
     from taskpool._records import Capabilities, RunningTask, Stats
 
 
@@ -238,19 +239,26 @@ def _check_depth() -> None:
         )
 
 
-def _make_host(name: str, setup: Setup, *, uses_template: bool) -> tuple[hosts.Host, tuple[Any, Any] | None]:
+def _make_host(name: str, setup: Setup, *, uses_template: bool) -> tuple[Host, tuple[Any, Any] | None]:
     """Return the host, and the initializer if it goes over the channel instead of with the process."""
-    initializer = None if setup.initializer is None else (setup.initializer, setup.initargs)
-    if uses_template:
-        return hosts.TemplateHost(setup.preload), initializer
-    context = hosts.make_context(setup.mp_context or (None if name != "process" else "spawn"))
-    _check_not_bootstrapping(context)
     arguments = (setup.initializer, setup.initargs)
+    if uses_template:
+        from taskpool._engine.hosts.template import TemplateHost
+
+        return TemplateHost(setup.preload), None if setup.initializer is None else arguments
+    from taskpool._engine.hosts.processes import ProcessHost, make_context
+
+    context = make_context(setup.mp_context or (None if name != "process" else "spawn"))
+    _check_not_bootstrapping(context)
     if name == "process":
-        return hosts.ProcessHost(context, *arguments), None
+        return ProcessHost(context, *arguments), None
     if name == "futures":
-        return hosts.FuturesHost(context, *arguments), None
-    return hosts.PoolHost(context, setup.max_workers, *arguments), None
+        from taskpool._engine.hosts.futures import FuturesHost
+
+        return FuturesHost(context, *arguments), None
+    from taskpool._engine.hosts.pool import PoolHost
+
+    return PoolHost(context, setup.max_workers, *arguments), None
 
 
 def _check_not_bootstrapping(context: Any) -> None:
