@@ -15,6 +15,7 @@ import pytest
 
 import taskpool
 from taskpool import TaskFuture
+from taskpool._engine.channel import Channel
 from taskpool._task import Value
 from tests import tasks
 from tests.helpers import FULL, PATIENCE, Backend, all_stacks, at_most, bounded, on_hosts, run_script, wait_until
@@ -129,6 +130,25 @@ def interrupting() -> Iterator[Callable[[float], None]]:
     yield interrupt_in
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+
+
+@on_hosts
+def test_an_interrupt_just_before_the_sending(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next calls are sent behind one that the worker never gets, and their results are not taken for anything else."""
+    executor = pool(1)
+    for number in range(40):  # until it is known that they are short, and may be sent ahead
+        assert executor.submit(tasks.identity, number).result(PATIENCE) == number
+
+    def interrupt(_channel: Channel, _packet: bytes) -> bool:
+        monkeypatch.undo()
+        raise Interrupt
+
+    monkeypatch.setattr(Channel, "send_packet", interrupt)
+    with pytest.raises(Interrupt):
+        executor.submit(tasks.identity, 3)
+    futures = [executor.submit(tasks.identity, number) for number in range(4, 14)]
+    assert [future.result(PATIENCE) for future in futures] == list(range(4, 14))
+    assert executor.stats().crashed == 0
 
 
 @pytest.mark.timeout(300)
