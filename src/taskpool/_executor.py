@@ -281,6 +281,7 @@ class Executor(Calls, _StandardExecutor):
         ended = self._backend.join(timeout)
         if ended:
             self._backend.failures.report_all()
+            self._backend.finish_logging()
             _open_backends.discard(self._backend)
         return ended
 
