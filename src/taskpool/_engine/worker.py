@@ -175,8 +175,11 @@ class Worker:
     def _forward_logs(self) -> None:
         from taskpool._engine.forwarding import forward
 
-        forward(self.send_log)
+        forward(self.send_log, self._is_loading)
         self._apply_levels()
+
+    def _is_loading(self) -> bool:
+        return self._words[PHASE] == LOADING and threading.get_ident() == self._main_thread
 
     def send_log(self, record: bytes) -> None:
         """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process.
@@ -215,11 +218,11 @@ class Worker:
 
     def tell_start(self, unit: int, item: int, started: float) -> None:
         """Say that something begins, to whoever wants to know."""
-        if self.marks:
+        if self.marks and self.channel.output is not None:
             from taskpool._engine.printed import mark
 
             _flush()
-            mark(self.marks, unit, item)
+            mark(self.channel.output, self.marks, unit, item)
         if self.tells_starts:
             self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
 
