@@ -1055,3 +1055,20 @@ def test_an_interpreter_ends_whose_handler_does_not_come_back(backend: Backend, 
     """`logging` itself would wait for that handler's lock, for ever, on its way out."""
     ended = run_main(STUCK_AT_EXIT, backend, tmp_path, timeout=10)
     assert (ended.out, ended.err) == ("True\n", ""), ended
+
+
+@on_one_host
+def test_what_a_task_binds_is_gone_with_it(pool: Make) -> None:
+    """Also where the program itself has never bound anything; what the initializer has bound stays."""
+    executor = pool(1, initializer=bind, initargs=("worker",))
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+    assert list(executor.map(bind, ["one", "two", "three"], chunksize=3)) == [{"worker": 1}] * 3
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+
+
+def bind(name: str) -> dict[str, Any]:
+    """Bind a name; return what was bound before."""
+    before = structlog.contextvars.get_contextvars()
+    structlog.contextvars.bind_contextvars(**{name: 1})
+    return before

@@ -7,6 +7,7 @@ the parent knows after any death what had started.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import sys
 import threading
@@ -277,7 +278,10 @@ class Worker:
                 self._words[PHASE] = RUNNING
                 if self.tells_starts or self.marks:
                     self.tell_start(frame.unit, 0, started)
-                value = fn(*args, **kwargs)
+                if "structlog.contextvars" in sys.modules:  # what the task binds is gone with it
+                    value = contextvars.copy_context().run(fn, *args, **kwargs)
+                else:
+                    value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
                 del fn, args, kwargs
                 if type(value) in plain.NUMBERS:
@@ -395,6 +399,10 @@ class RangeRun:
         fn, items, self._star, name, job, first = wire.loads(self.frame.body)
         self.worker._task = name or _current.name_of(fn), str(job), first
         self.worker._frame = self.frame
+        if "structlog.contextvars" in sys.modules:  # what an item binds is gone with it
+            from taskpool import _carrier
+
+            fn = _carrier.isolated(fn)
         self._fn: Callable[..., Any] = fn
         self._items = items
         self.worker._words[PHASE] = RUNNING
