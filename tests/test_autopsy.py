@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,19 @@ from taskpool._engine import inert, stop
 from taskpool._engine.autopsy import OutOfMemoryKills
 from taskpool._engine.wire import Pickled
 from tests import talk, tasks
-from tests.helpers import PATIENCE, Backend, lines, on_all, on_every_host, on_hosts, on_one_host, outcome, wait_until
+from tests.helpers import (
+    PATIENCE,
+    Backend,
+    bounded,
+    lines,
+    on_all,
+    on_every_host,
+    on_hosts,
+    on_one_host,
+    outcome,
+    wait_until,
+)
+from tests.scripts import run_main
 
 Make = Callable[..., taskpool.Executor]
 
@@ -275,3 +288,48 @@ def test_a_failure_that_nobody_looks_at_is_reported_once(pool: Make, caplog: pyt
     del kept
     gc.collect()
     assert len(reports()) == 2
+
+
+@on_all
+def test_a_failure_that_is_collected_inside_of_a_handler(pool: Make) -> None:
+    """It is reported when that handler has come back, which may have a lock that is not reentrant."""
+    texts, kept, lock = [], [], threading.Lock()
+
+    class Locking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with lock:
+                kept.clear()
+                gc.collect()
+                texts.append(record.getMessage())
+
+    executor = pool(1)
+    kept.append(executor.options(name="lost").submit(tasks.fail, ValueError, "odd"))
+    wait_until(kept[0].done)
+    handler = Locking()
+    logging.getLogger().addHandler(handler)
+    try:
+        bounded(lambda: logging.getLogger("tests").warning("dropping it"))
+        bounded(executor.shutdown)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert texts == ["dropping it", "task lost failed, and nobody looked at that"]
+
+
+OF_MAIN = """
+global Global
+class Global:
+    pass
+class Local:
+    pass
+def end(*_):
+    os._exit(3)
+with executor(1) as pool:
+    print(str(pool.submit(end, Local(), Global(), 5).exception()))
+"""
+
+
+@on_one_host
+def test_instances_of_the_main_modules_classes_are_told(backend: Backend, tmp_path: Path) -> None:
+    """Those travel by value; the report of a crash has them, and what stands beside them, all the same."""
+    ended = run_main(OF_MAIN, backend, tmp_path)
+    assert "end(Local(), Global(), 5): it exited with code 3" in ended.out, ended

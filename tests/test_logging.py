@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import enum
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import structlog
 
 import taskpool
+from taskpool._logdata import plain
 from tests import talk, tasks
 from tests.helpers import (
     PATIENCE,
@@ -852,3 +855,225 @@ def test_what_cannot_be_done_without_processes_is_refused(backend: str) -> None:
     for options in ({"output": "fwd"}, {"output": 3}, {"output": "forward", "logs": "off"}):
         with pytest.raises((TypeError, ValueError), match="output"):
             taskpool.Executor(1, **options)
+
+
+# ---------------------------------------------------------------------------------------------- odd programs
+
+
+@on_hosts
+def test_what_a_tasks_module_configures_is_the_parents(
+    pool: Make, collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handlers, filters and levels that the module of a task has set as it was imported are not set again in a worker."""
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import talkative  # type: ignore[import-not-found]
+
+    talkative.log.setLevel(logging.DEBUG)
+    talkative.late.setLevel(logging.DEBUG)
+    talkative.late.disabled = False
+    try:
+        executor = pool(1)
+        executor.submit(talkative.work, 1).result(20)
+        assert list(executor.map(talkative.work, [2])) == [2]
+        bounded(executor.shutdown)
+    finally:
+        talkative.undo()
+        del sys.modules["talkative"]
+    expected = ["late 1", "filtered one 1", "late 2", "filtered one 2"]
+    assert lines(tmp_path / "written") == collector.texts == expected
+
+
+TALKATIVE = """
+import logging
+from pathlib import Path
+
+def change(record):
+    record.msg = f"filtered {record.msg}"
+    return True
+
+log, late = logging.getLogger("talkative"), logging.getLogger("talkative.late")
+log.setLevel(logging.INFO)
+log.addFilter(change)
+log.addHandler(logging.FileHandler(Path(__file__).with_name("written")))
+late.disabled = True  # as logging.config does with those that it is not told of
+
+def work(number):
+    late.debug("late %d", number)
+    log.debug("one %d", number)
+    return number
+
+def undo():
+    (handler,) = log.handlers
+    log.removeHandler(handler)
+    handler.close()
+    log.filters.clear()
+    log.setLevel(0)
+    late.setLevel(0)
+"""
+
+
+class Name(enum.StrEnum):
+    """Names of loggers."""
+
+    ODD = "tests.odd"
+
+
+class Level(enum.IntEnum):
+    """Levels."""
+
+    NOTICE = 25
+
+
+@pytest.mark.parametrize("logs", ["forward", "off"])
+def test_enumerations_as_names_and_levels(collector: Collector, monkeypatch: pytest.MonkeyPatch, logs: str) -> None:
+    """Members of enumerations serve as levels, names of levels and names of loggers, in the program and in its tasks."""
+    monkeypatch.setattr(logging, "_levelToName", {**logging._levelToName, Level.NOTICE: Level.NOTICE.name})
+    logger = logging.getLogger(Name.ODD)
+    logger.setLevel(Level.NOTICE)
+    try:
+        with taskpool.Executor(1, logs=logs) as executor:
+            executor.submit(say_with_enumerations).result(20)
+    finally:
+        logger.setLevel(logging.NOTSET)
+    found = [(*map(type, (record.name, record.levelno)), *shown(record)) for record in collector.records]
+    assert found == ([(str, int, "tests.odd", 25, "odd 25", 25, "tests.odd", 0.5)] if logs == "forward" else [])
+
+
+def say_with_enumerations() -> None:
+    """Log with a level, a name and values that are of classes of their own."""
+
+    class Half(float):
+        pass
+
+    extra = {"number": Level.NOTICE, "text": Name.ODD, "half": Half(0.5)}
+    logging.getLogger(Name.ODD).log(Level.NOTICE, "odd %d", Level.NOTICE, extra=extra)
+
+
+def shown(record: Any) -> tuple[Any, ...]:
+    """What such a record shows."""
+    return record.name, record.levelno, record.getMessage(), record.number, record.text, record.half
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_what_lies_in_itself(kind: type) -> None:
+    """It is looked into once, not once for each way there is through it."""
+    value: Any = kind()
+    for number in range(20):
+        value.append(value) if isinstance(value, list) else value.update({number: value})
+    assert len(bounded(lambda: plain(value), 5)) == 20
+
+
+def test_a_factory_sees_what_records_are_about(collector: Collector) -> None:
+    """What it makes of name and message is in the records of workers, too, and what a worker's own made there stays."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        record.last = record.name.rpartition(".")[2]
+        record.loud = record.getMessage().upper()
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        for options in ({}, {"mp_context": "fork"}):
+            with taskpool.Executor(1, **options) as executor:  # type: ignore[arg-type]
+                executor.submit(talk.say, "hello %d", 5).result(20)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert [(record.last, record.loud) for record in collector.records] == [("talk", "HELLO 5")] * 2  # type: ignore[attr-defined]
+
+
+def test_json_of_what_json_has_not(tmp_path: Path) -> None:
+    """Keys and numbers that JSON does not know cost no record, and what is written is JSON."""
+    with taskpool.Executor(1, logs=tmp_path / "log") as executor:
+        executor.submit(talk.say, "odd", keys={b"k": 1}, number=float("nan"), size=5).result(20)
+
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    (found,) = [json.loads(line, parse_constant=refuse) for line in lines(tmp_path / "log")]
+    assert (found["keys"], found["number"], found["size"]) == ("{b'k': 1}", "nan", 5)
+
+
+def test_a_path_that_cannot_be_a_file(tmp_path: Path) -> None:
+    """The executor says so, not each record."""
+    for path in (tmp_path, tmp_path / "nowhere" / "log"):
+        with pytest.raises(ValueError, match="logs="):
+            taskpool.Executor(1, logs=path)
+
+
+def test_processors_in_a_tuple() -> None:
+    """An iterable of any kind holds structlog's processors: a worker that is forked with it starts, and tasks log."""
+    kept: list[Any] = []
+
+    def keep(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+        kept.append(event["event"])
+        raise structlog.DropEvent
+
+    structlog.configure(processors=(keep,))
+    try:
+        with taskpool.Executor(1, mp_context="fork") as executor:
+            executor.submit(talk.say_structured, "hello").result(20)
+    finally:
+        structlog.reset_defaults()
+    assert kept == ["hello"]
+
+
+def test_a_descriptor_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    """A task may make descriptor 1 a file of its own: taskpool writes nothing into it, and knows what the next prints."""
+    with taskpool.Executor(1, output="capture") as executor:
+        executor.submit(open_as_output, tmp_path / "own").result(20)
+        future = executor.submit(os.write, 2, b"after")
+        assert (future.result(20), future.output) == (5, "after")
+    assert (tmp_path / "own").read_bytes() == b"mine"
+
+
+def open_as_output(path: Path) -> None:
+    """Open a file in the place of standard output, and leave it there."""
+    os.close(1)
+    assert os.open(path, os.O_WRONLY | os.O_CREAT) == 1
+    os.write(1, b"mine")
+
+
+STUCK_AT_EXIT = """
+import logging
+from tests import talk
+class Stuck(logging.Handler):
+    def emit(self, record):
+        threading.Event().wait()
+logging.getLogger("tests.talk").addHandler(Stuck())
+logging.getLogger("tests.talk").setLevel("INFO")
+global pool
+pool = executor(1, log_timeout=float(args[0]), shutdown_timeout=float(args[1]))
+future = pool.submit(talk.say_many, "n", 3)
+if args[0] == "0.3":
+    future.result()
+"""
+
+
+@on_one_host
+@pytest.mark.parametrize(("log_timeout", "shutdown_timeout"), [("0.3", "20"), ("60", "0.3")])
+def test_an_interpreter_ends_whose_handler_does_not_come_back(
+    backend: Backend, tmp_path: Path, log_timeout: str, shutdown_timeout: str
+) -> None:
+    """`logging` itself would wait for that handler's lock, for ever, on its way out."""
+    ended = run_main(STUCK_AT_EXIT, backend, tmp_path, log_timeout, shutdown_timeout, timeout=10)
+    assert ("is stopped" in ended.err) == (log_timeout == "60"), ended
+
+
+@on_one_host
+def test_what_a_task_binds_is_gone_with_it(pool: Make) -> None:
+    """Also where the program itself has never bound anything; what the initializer has bound stays."""
+    executor = pool(1, initializer=bind, initargs=("worker",))
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+    assert list(executor.map(bind, ["one", "two", "three"], chunksize=3)) == [{"worker": 1}] * 3
+    assert executor.submit(bind, "call").result(20) == {"worker": 1}
+
+
+def bind(name: str) -> dict[str, Any]:
+    """Bind a name; return what was bound before."""
+    before = structlog.contextvars.get_contextvars()
+    structlog.contextvars.bind_contextvars(**{name: 1})
+    return before

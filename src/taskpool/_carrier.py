@@ -100,6 +100,11 @@ def load(fn: Callable[..., Any], places: Iterable[Place]) -> Callable[..., Any]:
     return Carried(fn, values, bound)
 
 
+def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs `fn` in a context of its own each time."""
+    return fn if isinstance(fn, Carried) else Carried(fn, [], {})
+
+
 class Carried:
     """A function, and the context that it runs in."""
 

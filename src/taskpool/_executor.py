@@ -22,7 +22,7 @@ from taskpool._listeners import Listeners
 from taskpool._options import TaskOptions
 from taskpool.backends import make_backend
 from taskpool.backends.base import Backend, Setup
-from taskpool.logs import LogsOption, sink_for
+from taskpool.logs import LogsOption, leave_out_stuck_handlers, sink_for
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -281,6 +281,7 @@ class Executor(Calls, _StandardExecutor):
         ended = self._backend.join(timeout)
         if ended:
             self._backend.failures.report_all()
+            self._backend.finish_logging()
             _open_backends.discard(self._backend)
         return ended
 
@@ -400,7 +401,10 @@ def _await_end(backends: list[Backend]) -> None:
             what = f"executor {backend.setup.name!r} did not finish within {bound:g} seconds"
             print(f"taskpool: {what} and is stopped", file=sys.stderr)  # noqa: T201
             backend.terminate(0.0)
-            backend.join(STOP_TIME)
+            if not backend.join(STOP_TIME):  # a handler may be at a record, for less than log_timeout so far
+                import atexit
+
+                atexit.register(leave_out_stuck_handlers)
 
 
 def _register_exit() -> None:

@@ -42,16 +42,16 @@ def read() -> tuple[int, bytes]:
 
 def _dumps() -> bytes:
     root = logging.root
-    levels = {"": root.level}
+    levels = {"": int(root.level)}  # of the very types that marshal knows: enumerations serve as levels and as names
     for name, logger in list(root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET:
-            levels[name] = logger.level
+            levels[str.__str__(name)] = int(logger.level)
     names = {
-        level: name
+        int(level): str(name)
         for level, name in list(logging._levelToName.items())  # there is no public way to ask for all
         if _DEFAULT_NAMES.get(level) != name
     }
-    disabled = root.manager.disable
+    disabled = int(root.manager.disable)
     data = marshal.dumps((levels, disabled, names))
     if len(data) > MOST:  # more is sent then than is shown, never less
         data = marshal.dumps(({"": min(levels.values())}, disabled, {}))

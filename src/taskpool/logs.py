@@ -102,7 +102,8 @@ def make_record(source: Source, fields: tuple[Any, ...]) -> Record:
 def _as_record(attributes: dict[str, Any]) -> Record:
     factory = logging.getLogRecordFactory()
     if getattr(factory, "behind", factory) is not logging.LogRecord:  # it may add what formatters here rely on
-        record = logging.makeLogRecord({})
+        names = "name", "levelno", "pathname", "lineno", "msg", "args", "exc_info", "funcName", "stack_info"
+        record = factory(*(attributes[name] for name in names))
         record.__dict__.update(attributes)
         return record
     record = _new(logging.LogRecord)
@@ -205,7 +206,7 @@ def _record_of_event(source: Source, event: Event) -> Record:
     return make_record(source, (RECORD, site, *place, " ".join(text), None, error, None, None, extra))
 
 
-_TAKEN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_TAKEN = frozenset(vars(_first)) | {"message", "asctime"}
 _METHODS = {"warn": "WARNING", "exception": "ERROR", "failure": "ERROR", "fatal": "CRITICAL"}
 
 
@@ -327,13 +328,20 @@ class ToFile(Sink):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.abspath(path)  # noqa: PTH100  (the program may change its directory)
+        folder = os.path.dirname(self._path)  # noqa: PTH120
+        if not os.path.isdir(folder) or os.path.isdir(self._path):  # noqa: PTH112
+            raise ValueError(f"logs={path!r} cannot be a file: there is no folder {folder}, or it is one itself")
         self._fd = -1
 
     def log(self, record: Record) -> None:
         """Write a line."""
         import json
 
-        text = json.dumps(_as_json(record), ensure_ascii=False, default=str)
+        fields = _as_json(record)
+        try:
+            text = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str)
+        except (TypeError, ValueError):  # JSON has no such keys, or no such numbers
+            text = json.dumps({key: _for_json(value) for key, value in fields.items()}, ensure_ascii=False)
         data = memoryview(f"{text}\n".encode(errors="backslashreplace"))
         if self._fd < 0:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -346,6 +354,10 @@ class ToFile(Sink):
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+
+
+def _for_json(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int) else repr(value)
 
 
 def _as_json(record: Record) -> dict[str, Any]:
@@ -377,12 +389,32 @@ def _as_json(record: Record) -> dict[str, Any]:
     return fields
 
 
+def leave_out_stuck_handlers() -> None:
+    """Have the interpreter end without handlers that do not come back: `logging.shutdown` would wait for their locks."""
+    handlers = logging._handlerList  # type: ignore[attr-defined]  # what it goes through; there is no public way
+    handlers[:] = [reference for reference in handlers if not _is_stuck(reference())]
+
+
+def _is_stuck(handler: logging.Handler | None) -> bool:
+    lock = None if handler is None else handler.lock
+    if lock is None:
+        return False
+    with contextlib.suppress(TypeError):  # a lock of another kind
+        if not lock.acquire(timeout=STUCK):
+            return True
+        lock.release()
+    return False
+
+
+STUCK = 0.1  # seconds that each handler is given then
+
+
 def sink_for(logs: Any) -> Sink | None:
     """Return where records go by what `Executor(logs=...)` was given; None is nowhere: workers are left alone.
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If it is a word that means nothing.
+        ValueError: If it is a word that means nothing, or a path that cannot be a file's.
     """
     if isinstance(logs, str) and logs in ("forward", "off"):
         return Forward() if logs == "forward" else None

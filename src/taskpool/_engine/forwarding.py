@@ -6,7 +6,8 @@ it, whatever happens to this process. It travels as plain data, so that no user 
 Records are caught where a logger hands them to handlers. So a logger that does not propagate is heard, too, and what
 handlers there are makes no difference; those that a task adds itself are called as well. What was there before the
 worker (handlers and filters that a fork copied, or that the main module made when it was imported again) belongs to the
-parent, which has it, and is taken off here.
+parent, which has it, and is taken off here. What modules configure that are imported because a task is unpickled is the
+parent's as well, where the task was pickled by their names; it is ignored here.
 """
 
 from __future__ import annotations
@@ -31,20 +32,25 @@ if TYPE_CHECKING:
 Send = Callable[[bytes], None]
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-_COUNT = len(vars(logging.makeLogRecord({})))
+_fields = vars(logging.LogRecord("", 0, "", 0, "", (), None))  # not those that a factory of the program's adds
+_STANDARD = frozenset(_fields) | {"message", "asctime"}
+_COUNT = len(_fields)
 
 _default_formatter = logging.Formatter()
 _call_handlers = logging.Logger.callHandlers
 
 
-def forward(send: Send) -> None:
+def forward(send: Send, is_loading: Callable[[], bool]) -> None:
     """Send everything that this process logs from now on to the parent.
 
     Args:
         send: Writes one record to the parent; when it returns the record is safe.
+        is_loading: Whether the calling thread is unpickling a task.
     """
     _take_off_inherited()
+    for name in ("addHandler", "addFilter", "setLevel"):
+        setattr(logging.Logger, name, _unless(is_loading, getattr(logging.Logger, name)))
+    logging.Logger.disabled = _Disabled(is_loading)  # type: ignore[assignment]
 
     def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # the channel is gone, and with it this process's reason to be
@@ -70,7 +76,30 @@ def _take_off_inherited() -> None:
     root = logging.getLogger()
     for logger in [root, *root.manager.loggerDict.values()]:
         if isinstance(logger, logging.Logger):
-            logger.handlers[:], logger.filters[:] = [], []
+            logger.handlers[:], logger.filters[:], logger.disabled = [], [], False
+
+
+def _unless(is_loading: Callable[[], bool], method: Callable[..., None]) -> Callable[..., None]:
+    kept = []  # a handler's file that is collected open brings a warning
+
+    def method_unless_loading(logger: logging.Logger, setting: Any) -> None:
+        if is_loading():
+            kept.append(setting)
+        else:
+            method(logger, setting)
+
+    return method_unless_loading
+
+
+class _Disabled:
+    """The setter of that attribute, which `logging.config` sets without a call. Reading it is as quick as ever."""
+
+    def __init__(self, is_loading: Callable[[], bool]) -> None:
+        self._is_loading = is_loading
+
+    def __set__(self, logger: logging.Logger, disabled: bool) -> None:  # noqa: FBT001
+        if "disabled" not in vars(logger) or not self._is_loading():
+            vars(logger)["disabled"] = disabled
 
 
 def _report_uncaught() -> None:
@@ -109,9 +138,8 @@ def _dumps(record: logging.LogRecord) -> bytes:
         extra = {name: plain(value) for name, value in fields.items() if name not in _STANDARD}
         if record.process != os.getpid():  # of a worker of this worker's
             extra["process"] = record.process
-    data: Any = (
-        RECORD,
-        (record.name, record.levelno, record.levelname, record.pathname, record.lineno, record.funcName),
+    site: Any = record.name, record.levelno, record.levelname, record.pathname, record.lineno, record.funcName
+    rest: Any = (
         record.created,
         record.thread,
         record.threadName,
@@ -124,9 +152,14 @@ def _dumps(record: logging.LogRecord) -> bytes:
         extra,
     )
     try:
-        return marshal.dumps(data)
-    except ValueError:  # some field is not what it should be, by a filter or a factory
-        return marshal.dumps(plain(data))
+        return marshal.dumps((RECORD, site, *rest))
+    except ValueError:  # some field is of a class of its own: an enumeration's member as the name, or by a filter
+        return marshal.dumps((RECORD, tuple(map(_bare, site)), *plain(rest)))
+
+
+def _bare(value: Any) -> Any:
+    """Return a name as the text that loggers are found by, whatever it shows."""
+    return str.__str__(value) if isinstance(value, str) else plain(value)
 
 
 def _is_plain(message: Any, args: Any) -> bool:
@@ -201,8 +234,9 @@ def _forward_structlog(structlog: Any, send: Send) -> None:
         structlog.processors.format_exc_info,
         emit,
     ]
-    # In place, too: loggers that a fork copied may have kept the very list.
-    structlog.get_config()["processors"][:] = processors
+    kept = structlog.get_config()["processors"]
+    if isinstance(kept, list):  # in place, too: loggers that a fork copied may have kept the very list
+        kept[:] = processors
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),

@@ -76,6 +76,10 @@ class _Unpickler(pickle.Unpickler):
             return _open_parcel
         if module.startswith("copyreg"):
             return _made
+        if name in ("by_name", "_make_skeleton_class", "_make_skeleton_enum"):
+            return _class_named
+        if name == "make_class":
+            return _class_made
         return _Kind(name.rpartition(".")[2], (_Thing,), {})
 
     def persistent_load(self, _: object) -> Any:
@@ -85,6 +89,15 @@ class _Unpickler(pickle.Unpickler):
 def _open_parcel(_luggage: object, stream: Bytes, buffers: Iterable[Any]) -> Any:
     """Stand in for what puts a function's globals in place: only what came with them is of interest."""
     return _Unpickler(stream, buffers).load()
+
+
+def _class_named(_: object, name: str, *_more: object) -> Any:
+    """Stand in for what makes or finds a class that travels by value, or a function."""
+    return _Kind(name.rpartition(".")[2], (_Thing,), {})
+
+
+def _class_made(_home: object, _token: object, _bases: object, _make: object, args: Iterable[Any]) -> Any:
+    return _class_named(*args)
 
 
 def _made(cls: Any, *_: object) -> Any:

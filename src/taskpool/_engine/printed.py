@@ -60,10 +60,13 @@ class _Unbuffered(io.FileIO):
         return size
 
 
-def mark(key: bytes, unit: int, item: int) -> None:
-    """Write that what follows is of another task. In one piece, however many write."""
-    with contextlib.suppress(OSError):  # the task has closed it
-        os.write(1, key + TASK.pack(unit, item))
+def mark(fd: int, key: bytes, unit: int, item: int) -> None:
+    """Write to the pipe that what follows is of another task. In one piece, however many write.
+
+    Not to the descriptor 1: a task may have closed it, or made it a file of its own.
+    """
+    with contextlib.suppress(OSError):  # the task has closed all that there is
+        os.write(fd, key + TASK.pack(unit, item))
 
 
 # In the parent

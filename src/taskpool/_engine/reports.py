@@ -23,6 +23,7 @@ The counters are each written by one thread only, so none needs a lock: `out` by
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -39,7 +40,7 @@ from taskpool._engine.loop import LONGEST_WAIT, Loop
 from taskpool._engine.units import Range, Unit
 from taskpool._engine.wire import Frame
 from taskpool._logdata import OUTPUT
-from taskpool.logs import Sink, Source
+from taskpool.logs import Sink, Source, leave_out_stuck_handlers
 
 BOUND = 8 << 20  # bytes of records that may wait
 LARGE = 16 * 1024  # bytes of a record that is not kept for the report of a crash
@@ -202,6 +203,7 @@ class Reports:
         patience = min(max(self._timeout, END_TIME), LONGEST_WAIT)
         while not self._thread.close(max(0.0, min(self._since, now()) + patience - now())):
             if now() - self._since >= patience:
+                atexit.register(leave_out_stuck_handlers)
                 break
         if self._sink is not None:
             self._sink.close()

@@ -7,6 +7,7 @@ the parent knows after any death what had started.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import sys
 import threading
@@ -175,8 +176,11 @@ class Worker:
     def _forward_logs(self) -> None:
         from taskpool._engine.forwarding import forward
 
-        forward(self.send_log)
+        forward(self.send_log, self._is_loading)
         self._apply_levels()
+
+    def _is_loading(self) -> bool:
+        return self._words[PHASE] == LOADING and threading.get_ident() == self._main_thread
 
     def send_log(self, record: bytes) -> None:
         """Write a log record to the parent: when this returns the kernel has it, whatever happens to this process.
@@ -215,11 +219,11 @@ class Worker:
 
     def tell_start(self, unit: int, item: int, started: float) -> None:
         """Say that something begins, to whoever wants to know."""
-        if self.marks:
+        if self.marks and self.channel.output is not None:
             from taskpool._engine.printed import mark
 
             _flush()
-            mark(self.marks, unit, item)
+            mark(self.channel.output, self.marks, unit, item)
         if self.tells_starts:
             self._send_beside(wire.frame_head(wire.BEGUN, unit, index=item, started=started))
 
@@ -274,7 +278,10 @@ class Worker:
                 self._words[PHASE] = RUNNING
                 if self.tells_starts or self.marks:
                     self.tell_start(frame.unit, 0, started)
-                value = fn(*args, **kwargs)
+                if "structlog.contextvars" in sys.modules:  # what the task binds is gone with it
+                    value = contextvars.copy_context().run(fn, *args, **kwargs)
+                else:
+                    value = fn(*args, **kwargs)
                 kind, seconds = wire.UNSENDABLE, now() - started
                 del fn, args, kwargs
                 if type(value) in plain.NUMBERS:
@@ -392,6 +399,10 @@ class RangeRun:
         fn, items, self._star, name, job, first = wire.loads(self.frame.body)
         self.worker._task = name or _current.name_of(fn), str(job), first
         self.worker._frame = self.frame
+        if "structlog.contextvars" in sys.modules:  # what an item binds is gone with it
+            from taskpool import _carrier
+
+            fn = _carrier.isolated(fn)
         self._fn: Callable[..., Any] = fn
         self._items = items
         self.worker._words[PHASE] = RUNNING

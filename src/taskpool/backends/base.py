@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import collections
 import contextlib
 import math
@@ -155,6 +156,7 @@ class Backend(MapBackend):
         self.workers: int = setup.max_workers
         self.pid: int = os.getpid()
         self._slots = Slots(setup.max_pending)
+        self._logging: dict[threading.Lock, None] = {}  # of what is being logged, each taken until it has been
         self.failures: Failures = Failures(self.log_soon)
 
     @property
@@ -174,8 +176,33 @@ class Backend(MapBackend):
         )
 
     def log_soon(self, call: Callable[[], None]) -> None:
-        """Log something where handlers may block. From any thread, at any moment."""
-        call()
+        """Log something where handlers may block. From any thread, at any moment.
+
+        A future may be collected inside of a handler, or with any lock held. So a new thread does it, one that is
+        started in a single step; `finish_logging` waits for it.
+        """
+        gate = threading.Lock()
+        gate.acquire()
+        self._logging[gate] = None
+
+        def run() -> None:
+            try:
+                with contextlib.suppress(BaseException):  # a handler may raise anything
+                    call()
+            finally:
+                self._logging.pop(gate, None)
+                gate.release()
+
+        try:
+            _thread.start_new_thread(run, ())
+        except RuntimeError:  # the system has no more threads
+            run()
+
+    def finish_logging(self) -> None:
+        """Wait for what `log_soon` was given, as long as handlers do not take too long."""
+        deadline = time.monotonic() + self.setup.log_timeout
+        for gate in list(self._logging):
+            gate.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
 
     def check_process(self) -> None:
         """Raise `ForkedExecutorError` in a process that was forked from the one that made this. Takes no lock."""
