@@ -141,8 +141,9 @@ class Receiver:
             unit.report(frame.item, frame.started, frame.seconds)
 
     def _on_outcome(self, worker: WorkerHandle, frame: Frame) -> None:
-        unit = self._unit_of(worker, frame)
-        if unit is None:
+        unit = worker.inflight[0] if worker.inflight else None
+        if unit is None or unit.id != frame.unit:
+            self._on_early_outcome(worker, frame)
             return
         if frame.kind == wire.INTERRUPTED:
             self._on_interrupted(worker, unit, frame)
@@ -161,17 +162,16 @@ class Receiver:
         elif worker.stop is not None and not unit.begun(worker.stop.item) and worker.stop.item != ANY_ITEM:
             worker.stop = None  # that item has ended by itself
 
-    def _unit_of(self, worker: WorkerHandle, frame: Frame) -> Unit | None:
-        """Return the unit that an outcome is of; None if that was given up.
+    def _on_early_outcome(self, worker: WorkerHandle, frame: Frame) -> None:
+        """Take an outcome of a unit that is not the first: what stands before it was never sent. Others were given up.
 
-        A worker runs what it gets in order. So what stands before the one of which it speaks it never got: a signal
-        handler raised in `submit`, when that was about to send it.
+        A worker runs what it gets in order. It never got a call if a signal handler raised in `submit` when that was
+        noted, and about to be sent.
         """
-        units = worker.inflight
-        if units and units[0].id != frame.unit and any(unit.id == frame.unit for unit in units):
-            while units[0].id != frame.unit:
-                self._feeder.requeue(units.popleft())
-        return units[0] if units and units[0].id == frame.unit else None
+        if any(unit.id == frame.unit for unit in worker.inflight):
+            while worker.inflight[0].id != frame.unit:
+                self._feeder.requeue(worker.inflight.popleft())
+            self._on_outcome(worker, frame)
 
     def _receive(self, worker: WorkerHandle, unit: Unit, frame: Frame) -> bool:
         ok = frame.kind in wire.RESULTS
