@@ -89,6 +89,7 @@ class Deadlines:
             worker.stop.item = request.item if request.item == ANY_ITEM else worker.stop.item
             return
         worker.stop = request
+        self._hub.listen_again(worker)
         self._climb(worker)
 
     def _take_back(self, worker: WorkerHandle) -> None:
@@ -154,7 +155,8 @@ class Deadlines:
             return self._crew.start_due(worker)
         if worker.state == SERVING:
             if not worker.inflight:
-                return math.inf if self._idle_timeout is None else worker.since + self._idle_timeout
+                ends = math.inf if self._idle_timeout is None else worker.since + self._idle_timeout
+                return min(ends, worker.rests_until)
             return worker.next_due(time_now)
         if worker.state == ENDING:
             return worker.end_by

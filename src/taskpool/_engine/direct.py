@@ -219,10 +219,14 @@ class Direct:
         try:
             if not self._settle(worker):
                 self._loop.post(self._read, worker)
-            if self._feeder.can_feed or not self._may_take():
-                self._loop.post(_wake, None)  # something came while this worker was not idle
+            if self._feeder.can_feed or self._lies_ahead() or not self._may_take():
+                self._loop.post(_wake, None)  # something came while this worker was not idle, or may be fetched for it
         finally:
             self._taken_from = None
+
+    def _lies_ahead(self) -> bool:
+        """Whether a worker has more than it runs."""
+        return any(len(worker.inflight) > 1 for worker in list(self._crew.workers))
 
     def _settle(self, worker: WorkerHandle) -> bool:
         channel = worker.channel

@@ -226,7 +226,8 @@ class Feeder:
             self._crew.start_for(self.queue)
         if self.queue and self._settings.max_tasks is None:
             for worker in list(self._crew.workers):
-                if worker.state == SERVING and worker.inflight and not self.waits_for_room:
+                # Not while a thread is handing it a call, which might come behind these although it is noted before them.
+                if worker.state == SERVING and worker.inflight and worker.handed and not self.waits_for_room:
                     self.send_next(worker)
 
     def _fetch_for_idle(self) -> None:
