@@ -10,7 +10,9 @@ import pytest
 
 from taskpool._engine import channel as channels
 from taskpool._engine import descriptors
+from taskpool._engine import loop as loops
 from taskpool._engine.channel import Channel
+from taskpool._engine.loop import Loop
 
 
 @pytest.mark.parametrize("function", ["dup", "ftruncate"])
@@ -38,3 +40,20 @@ def test_a_task_for_a_worker_that_has_died_is_not_sent(monkeypatch: pytest.Monke
     channel.worker_end.close()
     assert not channel.send_packet(b"a task")
     channel.close()
+
+
+def test_no_number_is_kept_of_what_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while it is being closed: a thread that is about to write would write into another file."""
+    channel, loop = Channel(), Loop(lambda *_: None)
+    close, seen = channels.close_kept, []
+
+    def look(fd: int) -> None:
+        seen.append(fd in (channel.tasks, channel.results, loop._wake_w))
+        close(fd)
+
+    monkeypatch.setattr(channels, "close_kept", look)
+    monkeypatch.setattr(loops, "close_kept", look)
+    channel.close()
+    loop.close()
+    assert len(seen) >= 10
+    assert not any(seen)

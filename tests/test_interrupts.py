@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import taskpool
-from tests.helpers import SERIAL, THREAD, lines, outcome
+from taskpool.backends.local import Alarms
+from tests.helpers import SERIAL, THREAD, lines, outcome, wait_until
 
 MODULE = """
 import time
@@ -59,3 +60,18 @@ def test_an_import_is_not_cut(pool: Callable[..., taskpool.Executor], module: st
     assert isinstance(error, taskpool.TaskTimeoutError)
     assert lines(tmp_path / "notes") == ["imported"]
     assert module in sys.modules
+
+
+def test_nothing_is_tried_again_behind_the_end() -> None:
+    """A thread that imports for ever is not asked for ever: the alarms' own thread ends with the executor."""
+    alarms, calls = Alarms("ended"), []
+
+    def refuse() -> bool:
+        calls.append(1)
+        if len(calls) == 2:  # in the alarms' thread, whose end this does not wait for
+            alarms.close()
+        return False
+
+    alarms.repeat(refuse, 1e-3)
+    wait_until(lambda: not any(thread.name == "ended-limits" for thread in threading.enumerate()), 5)
+    assert len(calls) == 2

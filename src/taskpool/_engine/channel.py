@@ -429,11 +429,14 @@ class Channel:
         self.is_open = False
         self.worker_end.close()
         self.end_life()
-        for fd in (self.tasks, self.results, self.life_r, self.unread, self.page_file, self.output):
+        fds = self.tasks, self.results, self.life_r, self.unread, self.page_file, self.output
+        self.tasks = (
+            self.results
+        ) = -1  # first: a thread may be about to use them, and the numbers soon mean other files
+        self.unread = self.output = None
+        for fd in fds:
             if fd is not None:
                 close_kept(fd)
-        self.tasks = self.results = -1  # a thread may be about to use them, and the numbers soon mean other files
-        self.unread = self.output = None
         self._sending = []
         if self.lent is not None:
             self.lent.close()  # not to be used again: a process that does not end may still write into it

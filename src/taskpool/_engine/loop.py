@@ -138,7 +138,9 @@ class Loop:
         self._selector.close()
         if self._epoll is not None:
             self._epoll.close()
-        for fd in (self._wake_r, self._wake_w):
+        fds = self._wake_r, self._wake_w
+        self._wake_r = self._wake_w = -1  # first: a thread may be about to write, and the numbers soon mean other files
+        for fd in fds:
             close_kept(fd)
 
     def _refuse_all(self) -> None:

@@ -425,9 +425,12 @@ class Alarms:
             self._changed.notify()
 
     def repeat(self, call: Callable[[], bool], pause: float = 5e-3) -> None:
-        """Call `call` now and, until it returns True, again behind a pause, each longer than the one before."""
-        if not call():
-            self.set(object(), time.monotonic() + pause, lambda: self.repeat(call, min(2 * pause, 1.0)))
+        """Call `call` now and, until it returns True or all has ended, again behind a pause, each longer than the last."""
+        if call():
+            return
+        with self._lock:
+            if not self._closed:  # `set` would begin anew
+                self.set(object(), time.monotonic() + pause, lambda: self.repeat(call, min(2 * pause, 1.0)))
 
     def clear(self, key: object) -> None:
         """Forget one."""
