@@ -285,3 +285,34 @@ def test_a_buried_worker_does_not_wait_for_work(pool: Pool) -> None:
     crew: Crew = executor._backend._dispatcher._crew  # type: ignore[attr-defined]
     crew.make_idle(worker)
     assert worker not in crew.idle
+
+
+@on_one_host
+def test_nothing_overtakes_a_call_that_is_just_being_sent(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is submitted meanwhile is not sent to the same worker before it; each runs once."""
+    executor, holding, release = pool(1), threading.Event(), threading.Event()
+    for number in range(40):  # until it is known that they are short, and may be sent ahead
+        assert executor.submit(tasks.identity, number).result(PATIENCE) == number
+    send = Channel.send_packet
+
+    def hold(self: Channel, packet: bytes) -> bool:
+        monkeypatch.setattr(Channel, "send_packet", send)
+        holding.set()
+        release.wait(PATIENCE)
+        return send(self, packet)
+
+    monkeypatch.setattr(Channel, "send_packet", hold)
+    futures: list[taskpool.TaskFuture[object]] = []
+    notes = tmp_path / "notes"
+    submitting = threading.Thread(target=lambda: futures.append(executor.submit(tasks.note, notes, "first")))
+    submitting.start()
+    assert holding.wait(PATIENCE)
+    others = [executor.submit(tasks.note, notes, str(number)) for number in range(10)]
+    wait_until(lambda: not executor._backend._dispatcher._loop)  # type: ignore[attr-defined]
+    release.set()
+    submitting.join(PATIENCE)
+    for future in [*futures, *others]:
+        future.result(PATIENCE)
+    assert sorted(lines(notes)) == sorted(["first", *map(str, range(10))])
